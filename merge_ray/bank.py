@@ -1,0 +1,252 @@
+"""All the models of a merge as flat float32 vectors over one layout.
+
+A *layout* says where each mergeable tensor lies in a flat vector of length ``P``: the floating-point tensors,
+raveled in C order, in the sorted order of their names. A *bank* holds the base model ``[P]`` and the task
+vectors ``[T, P]`` (fine-tuned minus base) over it, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_ray.errors import CheckpointError
+
+StateDict = Mapping[str, Tensor]
+LISTED_PROBLEMS = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a layout: its name, shape and stored dtype, and where it starts in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """The number of its elements (1 for a 0-d tensor)."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mergeable tensors in sorted name order; a *layer* is one of them."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, state: StateDict) -> Layout:
+        """The layout of a state dict's floating-point tensors; other tensors are left out."""
+        entries, offset = [], 0
+        for name in sorted(state):
+            tensor = state[name]
+            if tensor.is_floating_point():
+                entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, offset))
+                offset += tensor.numel()
+        return cls(tuple(entries))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, sorted."""
+        return tuple(entry.name for entry in self.entries)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where each tensor starts, and where the last one ends: int64 ``[L + 1]``."""
+        return np.cumsum([0, *(entry.size for entry in self.entries)], dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """``P``, the number of weights."""
+        return int(self.bounds[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one model's mergeable tensors in their stored dtypes."""
+        return sum(entry.size * entry.dtype.itemsize for entry in self.entries)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Every tensor by name, in its shape, as a view of ``flat`` ``[P]``."""
+        return {
+            entry.name: flat[entry.offset : entry.offset + entry.size].view(entry.shape) for entry in self.entries
+        }
+
+    def flatten(self, state: StateDict, out: Tensor | None = None) -> Tensor:
+        """The state dict's tensors as one float32 vector ``[P]``, written into ``out`` if given."""
+        flat = torch.empty(self.size) if out is None else out
+        for name, view in self.views(flat).items():
+            view.copy_(state[name].detach())
+        return flat
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Every tensor by name in its stored dtype; float32 tensors are views of ``flat`` ``[P]``."""
+        views = self.views(flat)
+        return {entry.name: views[entry.name].to(entry.dtype) for entry in self.entries}
+
+
+@dataclass
+class ModelBank:
+    """The base model and the task vectors over one layout.
+
+    base: float32 ``[P]``. task_vectors: float32 ``[T, P]``, fine-tuned minus base, both taken to float32 first.
+    tasks: their names, sorted. extras: the base's tensors that are not merged (integer buffers, and tensors that
+    no fine-tuned model has). fingerprint: a hash of all of this.
+    """
+
+    layout: Layout
+    base: Tensor
+    task_vectors: Tensor
+    tasks: tuple[str, ...]
+    extras: dict[str, Tensor]
+    fingerprint: str
+
+    @classmethod
+    def build(
+        cls,
+        base: StateDict,
+        finetuned: Mapping[str, StateDict | Callable[[], StateDict]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ModelBank:
+        """Lay the models out flat. A callable gives its model when asked, so that one is loaded at a time.
+
+        ``progress(done, total)`` is called after each fine-tuned model. Raises :class:`CheckpointError` naming
+        the tensors where a model does not fit the base or the other models, or holds NaN or infinity.
+        """
+        if not finetuned:
+            raise CheckpointError("there are no fine-tuned models to merge")
+        tasks = tuple(sorted(finetuned))
+        layout: Layout | None = None
+        for index, task in enumerate(tasks):
+            source = finetuned[task]
+            state = source() if callable(source) else source
+            _raise_problems(task, _misfits(state, base))
+            if layout is None:
+                layout = Layout.of(state)
+                flat_base = _flatten_finite("the base model", layout, base)
+                task_vectors = torch.empty(len(tasks), layout.size)
+            _raise_problems(task, _differing_names(state, layout, tasks[0]))
+            _flatten_finite(task, layout, state, out=task_vectors[index])
+            task_vectors[index] -= flat_base
+            if progress:
+                progress(index + 1, len(tasks))
+        assert layout is not None
+        extras = {name: tensor for name, tensor in base.items() if name not in set(layout.names)}
+        fingerprint = _fingerprint(layout, flat_base, task_vectors, tasks, extras)
+        return cls(layout, flat_base, task_vectors, tasks, extras, fingerprint)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """``base`` and ``task_vectors`` as NumPy arrays that share the tensors' memory."""
+        return {"base": self.base.numpy(), "task_vectors": self.task_vectors.numpy()}
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        layout: Layout,
+        tasks: Sequence[str],
+        extras: Mapping[str, Tensor],
+        fingerprint: str,
+    ) -> ModelBank:
+        """The bank over arrays from :meth:`arrays`, without a copy; they may be read-only shared memory."""
+        with warnings.catch_warnings():
+            # torch warns that it cannot mark a tensor as read-only; nothing writes to a bank.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            base, task_vectors = (torch.from_numpy(arrays[name]) for name in ("base", "task_vectors"))
+        return cls(layout, base, task_vectors, tuple(tasks), dict(extras), fingerprint)
+
+    def to(self, device: torch.device | str) -> ModelBank:
+        """The bank with its vectors on ``device`` (the same memory if they are there already)."""
+        return dataclasses.replace(self, base=self.base.to(device), task_vectors=self.task_vectors.to(device))
+
+    def state_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state dict of flat weights ``[P]``: see :meth:`Layout.unflatten`, with the extras beside."""
+        return {**self.layout.unflatten(flat), **self.extras}
+
+    @property
+    def model_bytes(self) -> int:
+        """The bytes of one model's mergeable tensors in their stored dtypes."""
+        return self.layout.nbytes
+
+    @property
+    def finetuned_bytes(self) -> int:
+        """The bytes of all ``T`` fine-tuned models: what merging saves is measured against it."""
+        return len(self.tasks) * self.model_bytes
+
+
+def _misfits(state: StateDict, base: StateDict) -> list[str]:
+    """What keeps a fine-tuned model from being the base plus a task vector."""
+    problems = []
+    for name, tensor in sorted(state.items()):
+        if name not in base:
+            problems.append(f"{name}: not in the base model")
+        elif tensor.shape != base[name].shape:
+            problems.append(f"{name}: shape {list(tensor.shape)}, in the base model {list(base[name].shape)}")
+        elif tensor.dtype != base[name].dtype:
+            problems.append(f"{name}: dtype {_dtype(tensor)}, in the base model {_dtype(base[name])}")
+    return problems
+
+
+def _differing_names(state: StateDict, layout: Layout, first: str) -> list[str]:
+    """Where a model's floating-point tensors are not those of the first model, ``first``."""
+    names = {name for name, tensor in state.items() if tensor.is_floating_point()}
+    if not names:
+        return ["it has no floating-point tensors to merge"]
+    missing = [f"{name}: missing here, present in {first!r}" for name in sorted(set(layout.names) - names)]
+    return missing + [f"{name}: present here, missing in {first!r}" for name in sorted(names - set(layout.names))]
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _raise_problems(model: str, problems: Sequence[str]) -> None:
+    if problems:
+        lines = list(problems[:LISTED_PROBLEMS])
+        if len(problems) > LISTED_PROBLEMS:
+            lines.append(f"... and {len(problems) - LISTED_PROBLEMS} more tensors")
+        raise CheckpointError("\n  ".join([f"{model}: this model cannot be merged:", *lines]))
+
+
+def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor | None = None) -> Tensor:
+    flat = layout.flatten(state, out)
+    problems = []
+    for name, view in layout.views(flat).items():
+        # The smallest and largest element are NaN if any element is: no mask as large as the tensor is needed.
+        if view.numel() and not torch.isfinite(torch.stack(torch.aminmax(view))).all():
+            problems.append(f"{name}: {int((~torch.isfinite(view)).sum())} values are NaN or infinite (as float32)")
+    _raise_problems(model, problems)
+    return flat
+
+
+def _fingerprint(
+    layout: Layout, base: Tensor, task_vectors: Tensor, tasks: Iterable[str], extras: StateDict
+) -> str:
+    vectors = [base, *task_vectors]
+    with ThreadPoolExecutor(max(1, min(len(vectors), torch.get_num_threads()))) as pool:
+        digests = list(pool.map(digest, vectors))
+    parts = {
+        "layout": [[entry.name, list(entry.shape), str(entry.dtype)] for entry in layout.entries],
+        "base": digests[0],
+        "task_vectors": dict(zip(tasks, digests[1:], strict=True)),
+        "extras": {name: [str(extras[name].dtype), digest(extras[name])] for name in sorted(extras)},
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def digest(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's bytes, as hexadecimal text."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

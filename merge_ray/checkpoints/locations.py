@@ -1,0 +1,69 @@
+"""The one place where a location is opened."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from merge_ray.checkpoints.hub import open_hub
+from merge_ray.errors import CheckpointError, choose_from
+
+
+def open_location(location: str | Path) -> Path:
+    """Give the local file or directory for a location, downloading it first where it is remote.
+
+    - a path: as it is (``~`` means the home directory);
+    - ``builtin:quickstart/base.safetensors``: a file that ships with merge-ray;
+    - ``hf://owner/name[@revision][/file or folder]``, ``hf://datasets/owner/name...``: from the Hugging Face hub.
+
+    Raises CheckpointError where there is nothing at the location, or it is of a scheme that is not known.
+    """
+    text = str(location)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", text)
+    if isinstance(location, Path) or scheme is None:
+        return _open_local(Path(text).expanduser())
+    opened = SCHEMES.get(scheme[1])
+    if opened is None:
+        raise CheckpointError(
+            f"{text}: a location is a local path or starts with a known scheme, not {scheme[1]!r}; "
+            f"{choose_from(scheme[1], SCHEMES)}"
+        )
+    return opened(text.removeprefix(scheme[0]))
+
+
+def _open_local(path: Path) -> Path:
+    folder = path.parent
+    try:
+        if path.exists():
+            return path
+        folder_exists = folder.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+    if not folder_exists:
+        raise CheckpointError(f"{path}: no such file or directory; its folder {folder} does not exist either")
+    raise CheckpointError(f"{path}: no such file or directory{_nearest(path)}")
+
+
+def _nearest(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; the nearest name in that folder is {near[0]!r}" if near else ""
+
+
+def _open_builtin(name: str) -> Path:
+    assets = Path(str(resources.files("merge_ray"))) / "assets"
+    path = assets / name
+    if ".." in path.parts or not path.exists():
+        shipped = [str(file.relative_to(assets).as_posix()) for file in assets.rglob("*") if file.is_file()]
+        raise CheckpointError(f"builtin:{name}: does not ship with merge-ray; {choose_from(name, shipped)}")
+    return path
+
+
+def _open_hf(name: str) -> Path:
+    return open_hub(name.removeprefix("//"))
+
+
+SCHEMES: dict[str, Callable[[str], Path]] = {"builtin": _open_builtin, "hf": _open_hf}

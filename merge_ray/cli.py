@@ -1,0 +1,208 @@
+"""The commands, thin: each reads its arguments, calls one function, and prints what a person needs next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from merge_ray.errors import MergeRayError
+
+app = typer.Typer(
+    name="merge-ray",
+    help="Find the best way to merge a set of fine-tuned models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+SpecPath = Annotated[Path, typer.Argument(help="The YAML file; see sweeps/ for examples.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, as in --set search.trials=8.")
+]
+Results = Annotated[list[Path], typer.Argument(help="Results directories, such as results/quickstart.")]
+
+
+@app.command()
+def sweep(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    retry_failed: Annotated[bool, typer.Option(help="Score candidates again whose rows say 'failed'.")] = False,
+) -> None:
+    """Search every study of a spec and rank the best merges on the test split.
+
+    Runs on this machine, on a cluster that is running here ([cyan]ray start --head[/]), or inside
+    [cyan]ray job submit[/]. Run the same command again after any interruption: it goes on where it stopped.
+    """
+    from merge_ray.leaderboard import rank, read_rows, render
+    from merge_ray.progress import Progress
+    from merge_ray.spec import load_sweeps
+    from merge_ray.sweep import run_sweep
+
+    for loaded in load_sweeps(spec, overrides or []):
+        with Progress() as progress:
+            directory = run_sweep(loaded, progress, retry_failed)
+        console.print(render(rank(read_rows(directory), loaded.evaluation.objective)))
+        console.print(f"\nLeaderboard  {directory / 'leaderboard.parquet'}\nReport       {directory / 'report.html'}")
+        console.print(f"Next         merge-ray export {directory} --best   (write the winner's weights)")
+
+
+@app.command()
+def validate(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Check a spec without running it; every mistake is reported at once."""
+    from merge_ray.spec import load_sweeps
+
+    for loaded in load_sweeps(spec, overrides or []):
+        searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
+        console.print(f"[green]valid[/] {loaded.name}: {len(loaded.tasks)} tasks; studies: {searches}", highlight=False)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method in full.")] = None) -> None:
+    """List the merging methods with their parameters, ranges, defaults and papers."""
+    from merge_ray.methods.base import available_methods, find_method, parameter_fields
+
+    chosen = {name: find_method(name)} if name else available_methods()
+    for key, method in chosen.items():
+        table = Table(title=f"[bold]{key}[/] [dim]{method.paper}[/]", title_justify="left", expand=True)
+        for column in ("parameter", "default", "valid", "searched", "meaning"):
+            table.add_column(column, overflow="fold")
+        for parameter, field in parameter_fields(method).items():
+            meta = field.metadata
+            valid = f"{meta['valid']}" + (", or one per task" if meta["per_task"] else "")
+            table.add_row(parameter, str(field.default), valid, str(meta["search"] or "fixed"), meta["help"])
+        console.print(table if parameter_fields(method) else f"[bold]{key}[/] [dim]{method.paper}[/] (no parameters)")
+        if name:
+            console.print((method.__doc__ or "").strip(), markup=False, highlight=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def merge(
+    context: typer.Context,
+    method: Annotated[str, typer.Argument(help="A method; see [cyan]merge-ray methods[/].")],
+    base: Annotated[str, typer.Option(help="The base model's weights.")],
+    finetuned: Annotated[list[str], typer.Option(metavar="TASK=LOCATION ...", help="The fine-tuned models.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    task: Annotated[str | None, typer.Option(help="Whose weights to write, for methods with weights per task.")] = None,
+) -> None:
+    """Merge once, without Ray, and write the weights.
+
+    Every parameter of the method is an option of its own:
+    [cyan]merge-ray merge ties --base B --finetuned a=A b=B --density 0.2 -o merged.safetensors[/]
+    """
+    from merge_ray.merging import merge as run
+    from merge_ray.progress import Progress
+
+    models, parameters = _merge_arguments(finetuned, context.args)
+    with Progress() as progress, progress.step("merge"):
+        result = run(method, base=base, finetuned=models, **parameters)
+        result.save(output, task=task)
+    console.print(f"wrote {output}", highlight=False)
+
+
+def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Sort ``TASK=LOCATION`` words and ``--parameter value`` pairs out of a command line."""
+    models, parameters = {}, {}
+    words = list(finetuned)
+    queue = list(rest)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+        elif "=" in word:
+            key, _, value = word.partition("=")
+            parameters[key[2:].replace("-", "_")] = yaml.safe_load(value)
+        elif queue:
+            parameters[word[2:].replace("-", "_")] = yaml.safe_load(queue.pop(0))
+        else:
+            raise MergeRayError(f"{word} needs a value")
+    for word in words:
+        name, equals, location = word.partition("=")
+        if not equals:
+            raise MergeRayError(f"--finetuned {word}: write TASK=LOCATION")
+        models[name] = location
+    return models, parameters
+
+
+@app.command()
+def export(
+    results: Annotated[Path, typer.Argument(help="A results directory, such as results/quickstart.")],
+    best: Annotated[bool, typer.Option("--best", help="The highest-ranked merge (the default).")] = False,
+    study: Annotated[str | None, typer.Option(help="The confirmed merge of this study instead.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A directory; by default RESULTS/export.")] = None,
+    format: Annotated[str, typer.Option(help="safetensors, huggingface or open_clip.")] = "safetensors",
+) -> None:
+    """Write a merged model of a sweep: the best one, or that of one study."""
+    from merge_ray.export import export_merge
+    from merge_ray.progress import Progress
+
+    if best and study:
+        raise MergeRayError("give either --best or --study")
+    with Progress() as progress:
+        for path in export_merge(results, study, output or results / "export", format, progress):
+            console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def leaderboard(
+    results: Results,
+    format: Annotated[str, typer.Option(help="table, csv, json or markdown.")] = "table",
+    objective: Annotated[str, typer.Option(help="The metric to rank by.")] = "normalized_mean",
+    published: Annotated[Path | None, typer.Option(help="A CSV of published results to show beside.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only published rows of this model, as in CLIP-ViT-B/32.")] = None,
+    num_tasks: Annotated[int | None, typer.Option(help="Only published rows over this many tasks.")] = None,
+) -> None:
+    """Rank the confirmed merges of one or several sweeps."""
+    from merge_ray.leaderboard import add_published, published_rows, rank, read_rows, render
+
+    table = rank(read_rows(results), objective)
+    if published:
+        table = add_published(table, published_rows(published, model=model, num_tasks=num_tasks))
+    _print(render(table, format))
+
+
+@app.command()
+def report(results: Annotated[Path, typer.Argument(help="A results directory.")]) -> None:
+    """Write the HTML report of a sweep again."""
+    from merge_ray.report import write_report
+
+    console.print(f"wrote {write_report(results)}", highlight=False)
+
+
+@app.command()
+def finetune(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    workers_per_task: Annotated[int, typer.Option(min=1, help="Devices that share one task, through Ray Train.")] = 1,
+) -> None:
+    """Fine-tune one model per task from one base, the tasks side by side; a killed run continues."""
+    from merge_ray.cluster.training import run_finetune
+    from merge_ray.finetune import FinetuneSpec
+    from merge_ray.progress import Progress
+    from merge_ray.spec import load_spec
+
+    loaded = load_spec(FinetuneSpec, spec, overrides or [])
+    with Progress() as progress:
+        console.print(run_finetune(loaded, workers_per_task, progress))
+
+
+def _print(rendered: Any) -> None:
+    if isinstance(rendered, str):
+        print(rendered)
+    else:
+        console.print(rendered)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one message and status 2."""
+    try:
+        app()
+    except MergeRayError as error:
+        Console(stderr=True).print("[red]error:[/]", str(error), highlight=False, markup=True)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""ModelHost: the actor that holds the models on one device and merges and scores candidates there."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from merge_ray.bank import Layout, ModelBank
+from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.evaluate import Evaluator, TaskData, score_tasks, summarize
+from merge_ray.families import find_family
+from merge_ray.methods.base import MergeCache, Merged, MergeInputs
+from merge_ray.spec import EvaluationSpec, ModelsSpec
+from merge_ray.tasks import TaskSpec, open_task
+
+
+@dataclass(frozen=True)
+class HostSetup:
+    """What a host is told once: all but the bank's arrays, which it maps from shared memory."""
+
+    models: ModelsSpec
+    tasks: tuple[TaskSpec, ...]
+    evaluation: EvaluationSpec
+    layout: Layout
+    bank_tasks: tuple[str, ...]
+    fingerprint: str
+    heads: Mapping[str, np.ndarray]
+    cache: Path
+    device: str
+    threads: int
+
+
+@ray.remote(max_restarts=-1, max_task_retries=2)
+class ModelHost:
+    """Merges and scores on one device.
+
+    Calls carry all that they need: a host that died and was restarted by Ray takes the same call again,
+    merges again and goes on.
+    """
+
+    def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
+        """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
+        torch.set_num_threads(setup.threads)
+        arrays, extras = ray.get(list(shared))
+        self.setup = setup
+        self.device = torch.device(setup.device)
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in extras.items()}
+        self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, tensors, setup.fingerprint)
+        if self.device.type != "cpu":
+            self.bank = self.bank.to(self.device)
+        family = find_family(setup.models.family, setup.models.architecture)
+        self.evaluator = Evaluator(
+            family.skeleton(self.bank, self.device),
+            {split: self._load(split, family.preprocessing) for split in ("val", "test")},
+            setup.evaluation.batch_size,
+            setup.evaluation.shards,
+        )
+        self.cache = MergeCache(self.bank.base.nbytes)
+        self._forget()
+
+    def _load(self, split: str, preprocessing: Any) -> dict[str, TaskData]:
+        limit = self.setup.evaluation.max_samples if split == "val" else None
+        data = {}
+        for spec in self.setup.tasks:
+            cached = open_task(spec).cached(split, preprocessing.size, preprocessing.interpolation, self.setup.cache)
+            data[spec.name] = TaskData(cached, torch.from_numpy(self.setup.heads[spec.name].copy()), self.device, limit)
+        return data
+
+    def score(
+        self, candidate: Candidate, shard: int | None, references: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """Score a candidate through ``shard`` (whole, without one) and report the ledger's columns so far.
+
+        references: the fine-tuned models' scores that normalised scores divide by, or None while they are
+        being found out.
+        """
+        if self.candidate != candidate.identity:
+            self._merge(candidate)
+        started = time.perf_counter()
+        if shard is None:
+            answers = self.evaluator.correct(self.merged, candidate.split)
+        else:
+            while len(self.answers) <= shard:
+                self.answers.append(self.evaluator.correct(self.merged, candidate.split, len(self.answers)))
+            parts = self.answers[: shard + 1]
+            answers = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
+        self.seconds_evaluate += time.perf_counter() - started
+        merged, bank = self.merged, self.bank
+        return {
+            **summarize(score_tasks(answers, references), self.setup.evaluation.objective),
+            "resolved": canonical_json(merged.resolved.parameters()),
+            "seconds_merge": self.seconds_merge,
+            "seconds_evaluate": self.seconds_evaluate,
+            "peak_memory_bytes": self._peak_memory(),
+            "storage_bytes": merged.storage_bytes(),
+            "storage_ratio": merged.storage_bytes() / bank.finetuned_bytes,
+            "device": _device_name(self.device),
+            "host": socket.gethostname(),
+        }
+
+    def artifacts(self, candidate: Candidate) -> dict[str, np.ndarray]:
+        """What the candidate's merge leaves worth keeping."""
+        if self.candidate != candidate.identity:
+            self._merge(candidate)
+        return self.merged.artifacts()
+
+    def process_id(self) -> int:
+        """The operating system's number of this actor's process; answered once the host is ready."""
+        return os.getpid()
+
+    def _merge(self, candidate: Candidate) -> None:
+        self._forget()
+        self._reset_peak_memory()
+        method = candidate.make()
+        inputs = MergeInputs(
+            self.bank,
+            seed=candidate.seed,
+            out=self.evaluator.skeleton.flat,
+            cache=self.cache,
+            resources={"validation": self.evaluator.accuracy},
+            needs=method.needs,
+        )
+        started = time.perf_counter()
+        self.merged: Merged = method.merge(inputs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds_merge = time.perf_counter() - started
+        self.candidate = candidate.identity
+
+    def _forget(self) -> None:
+        self.candidate: str | None = None
+        self.answers: list[dict[str, np.ndarray]] = []
+        self.seconds_evaluate = 0.0
+
+    def _reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif (control := Path("/proc/self/clear_refs")).exists():
+            control.write_text("5")
+
+    def _peak_memory(self) -> int:
+        """The device memory's peak since the merge began; on a CPU, the process's resident memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu x {torch.get_num_threads()}"

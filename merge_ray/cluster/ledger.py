@@ -1,0 +1,76 @@
+"""ResultsActor: the one writer of a sweep's ledger."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from merge_ray.errors import LedgerError
+from merge_ray.leaderboard.rows import ROW_SCHEMA
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class ResultsActor:
+    """Writes rows and artifacts; an answer means that they are on the disk.
+
+    Every call may be repeated: a row's file is named by its identity and replaced as a whole, so that a
+    restarted actor that is asked again changes nothing.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        for folder in ("trials", "artifacts"):
+            (self.directory / folder).mkdir(parents=True, exist_ok=True)
+
+    def record(self, row: Mapping[str, Any]) -> str:
+        """Make ``row`` durable and return its identity; raises :class:`LedgerError` if it cannot be written."""
+        table = pa.Table.from_pylist([dict(row)], schema=ROW_SCHEMA)
+        write_durably(self.directory / "trials" / f"{row['identity']}.parquet", lambda file: pq.write_table(table, file))
+        return str(row["identity"])
+
+    def keep(self, identity: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save a candidate's artifacts as ``artifacts/<identity>.npz``; returns the path within the results."""
+        path = self.directory / "artifacts" / f"{identity}.npz"
+        write_durably(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        return str(path.relative_to(self.directory))
+
+    def process_id(self) -> int:
+        """The operating system's number of this actor's process."""
+        return os.getpid()
+
+
+def start_results_actor(directory: Path, name: str) -> Any:
+    """A :class:`ResultsActor` on the driver's own node, where the results directory is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = ResultsActor.options(name=name, scheduling_strategy=here)  # type: ignore[attr-defined]
+    return options.remote(str(directory.resolve()))
+
+
+def write_durably(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file aside, force it to the disk, and move it into place in one step.
+
+    Raises :class:`LedgerError` when there is no room or no permission; the old file, if any, stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise LedgerError(f"cannot write {path}: {error.strerror or error}; run the same command again to go on") from None

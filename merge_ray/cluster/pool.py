@@ -1,0 +1,129 @@
+"""HostPool: starts the hosts, leases them to trials, and scores lists of candidates over them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+
+from merge_ray.candidate import Candidate
+from merge_ray.cluster.errors import cause
+from merge_ray.cluster.host import HostSetup, ModelHost
+from merge_ray.errors import MergeRayError
+from merge_ray.spec import HostsSpec
+
+MOST_CPU_HOSTS = 8
+"""More hosts on a CPU only add buffers: eight share the cores between them."""
+
+
+class HostPool:
+    """The sweep's hosts. Ray restarts a host that dies; the pool says which are free."""
+
+    def __init__(self, hosts: Sequence[Any], shared: Sequence[ray.ObjectRef]) -> None:
+        self.hosts = list(hosts)
+        # Held for as long as the pool: a restarted host maps the same objects again.
+        self._shared = list(shared)
+        self._free = list(range(len(self.hosts)))
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        wanted: HostsSpec,
+        setup: HostSetup,
+        arrays: Mapping[str, np.ndarray],
+        extras: Mapping[str, np.ndarray],
+    ) -> HostPool:
+        """Start one host a GPU, or hosts that share the CPU cores; the bank goes to shared memory once."""
+        resources = ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        device = ("cuda" if gpus else "cpu") if wanted.device == "auto" else wanted.device
+        slots = gpus if device == "cuda" else cpus
+        if slots == 0:
+            raise MergeRayError(f"hosts.device: {wanted.device!r} is asked for, but the cluster has {gpus} GPUs and {cpus} CPUs")
+        count = wanted.count or (gpus if device == "cuda" else min(cpus, MOST_CPU_HOSTS))
+        threads = wanted.threads or max(1, cpus // count)
+        needed = count if device == "cuda" else count * threads
+        if needed > slots:
+            what = "GPUs" if device == "cuda" else "CPU cores"
+            raise MergeRayError(f"hosts: {count} hosts need {needed} {what}; the cluster has {slots}")
+        shared = [ray.put(dict(arrays)), ray.put(dict(extras))]
+        share: dict[str, float] = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": threads}
+        setup = replace(setup, device=device, threads=threads)
+        make = ModelHost.options  # type: ignore[attr-defined]
+        with _quiet_native_stderr():
+            hosts = [make(name=f"{name}/host-{index}", **share).remote(setup, shared) for index in range(count)]
+        return cls(hosts, shared)
+
+    def wait_until_ready(self) -> list[int]:
+        """Wait for every host; returns their process numbers. A host that cannot start raises its own error."""
+        try:
+            return list(ray.get([host.process_id.remote() for host in self.hosts]))
+        except RayError as error:
+            raise MergeRayError(f"a host could not start: {cause(error)}") from None
+
+    def close(self) -> None:
+        """End the hosts and free the bank."""
+        for host in self.hosts:
+            ray.kill(host)
+        self._shared.clear()
+
+    def has_free(self) -> bool:
+        """Whether a host could be leased now."""
+        return bool(self._free)
+
+    def lease(self) -> int | None:
+        """The index of a free host, now taken; None if all are busy."""
+        return self._free.pop(0) if self._free else None
+
+    def release(self, index: int) -> None:
+        """Give a leased host back."""
+        if index not in self._free:
+            self._free.append(index)
+
+    def score_all(
+        self, candidates: Sequence[Candidate], references: Mapping[str, Mapping[str, float]] | None
+    ) -> Iterator[tuple[Candidate, dict[str, Any] | Exception, Any]]:
+        """Score whole candidates side by side; yields each with its report or its error, and its host.
+
+        references: ``{split: {task: score}}`` of the fine-tuned models, or None while they are being scored.
+        """
+        waiting, running = list(candidates), {}
+        while waiting or running:
+            while waiting and (index := self.lease()) is not None:
+                candidate = waiting.pop(0)
+                scores = references[candidate.split] if references else None
+                running[self.hosts[index].score.remote(candidate, None, scores)] = (candidate, index)
+            done, _ = ray.wait(list(running), num_returns=1)
+            candidate, index = running.pop(done[0])
+            try:
+                yield candidate, ray.get(done[0]), self.hosts[index]
+            except RayError as error:
+                yield candidate, error, self.hosts[index]
+            finally:
+                self.release(index)
+
+
+@contextmanager
+def _quiet_native_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ core writes to standard error meanwhile.
+
+    It reports every actor that can be restarted and takes shared objects as an error, for those objects might be
+    gone by then; the pool keeps them.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

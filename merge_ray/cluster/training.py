@@ -1,0 +1,254 @@
+"""Fine-tuning on Ray: tasks side by side, and one task over several devices through Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from rich.table import Table
+
+from merge_ray.cluster.errors import cause
+from merge_ray.errors import MergeRayError
+from merge_ray.finetune import (
+    FinetuneSpec,
+    TaskResult,
+    Workers,
+    finetune_task,
+    make_base,
+    prepare_data,
+    read_result,
+    write_results,
+)
+from merge_ray.progress import Progress
+from merge_ray.tasks import cache_directory
+
+REPORT_EVERY = 0.5
+"""Seconds between a job's reports of progress, and between looks at them."""
+RETRIES = 2
+"""How often a job whose process died goes on from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How a run's jobs share the cluster: ``at_once`` tasks of ``workers`` workers with ``threads`` threads each."""
+
+    kind: str
+    workers: int
+    at_once: int
+    threads: int
+
+    @classmethod
+    def share(cls, wanted: str, tasks: int, workers: int) -> Devices:
+        """Share the running cluster's GPUs, one a worker, or else its CPU cores, as evenly as whole cores allow.
+
+        Raises :class:`MergeRayError` when one task's workers do not fit.
+        """
+        resources = ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        kind = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+        slots = min(gpus, cpus) if kind == "cuda" else cpus
+        if workers > slots:
+            what = "GPUs (with a core for each)" if kind == "cuda" else "CPU cores"
+            raise MergeRayError(f"{workers} workers per task need {workers} {what}; the cluster has {slots}")
+        at_once = min(tasks, slots // workers)
+        return cls(kind, workers, at_once, max(1, cpus // (at_once * workers)))
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one worker takes of the cluster, in Ray's words for a task."""
+        return {"num_cpus": self.threads, "num_gpus": 1 if self.kind == "cuda" else 0}
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where running jobs write how far they are."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def write(self, job: str, done: int, total: int) -> None:
+        self.counts[job] = (done, total)
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        return self.counts
+
+
+def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) -> Table:
+    """Make the base, fine-tune every task, write ``finetune.json``; returns the table of results.
+
+    Tasks run side by side on the cluster that is running, or on one that is started on this machine. The same
+    call after an interruption goes on from the last checkpoints. On several nodes ``spec.output`` and the data
+    must be on a file system that all of them share.
+
+    Raises :class:`MergeRayError` for anything wrong with the data, the base or the output, before Ray starts
+    where that can be known.
+    """
+    # Workers start in directories of their own.
+    spec = spec.model_copy(update={"output": spec.output.expanduser().absolute()})
+    cache = cache_directory().absolute()
+    spec.output.mkdir(parents=True, exist_ok=True)
+    with progress.counted("decode the images") as update:
+        prepare_data(spec, cache, update)
+    if spec.base is not None:
+        with progress.step("read the base"):
+            make_base(spec, cache)
+    with _ray_session(progress):
+        devices = Devices.share(spec.device, len(spec.tasks), workers_per_task)
+        board = _Board.remote()  # type: ignore[attr-defined]
+        if spec.pretrain is not None:
+            with progress.counted("pre-train the base") as update:
+                _pretrain(spec, cache, devices, board, update)
+        with progress.counted(f"fine-tune {len(spec.tasks)} tasks") as update:
+            results = _finetune_all(spec, cache, devices, board, update)
+    write_results(spec, results)
+    return results_table(spec, results)
+
+
+def results_table(spec: FinetuneSpec, results: list[TaskResult]) -> Table:
+    """Validation accuracy before and after fine-tuning, a row a task."""
+    table = Table(title=f"{spec.name}: validation accuracy (%), weights in {spec.output}")
+    table.add_column("task")
+    for column in ("steps", "base", "fine-tuned", "seconds"):
+        table.add_column(column, justify="right")
+    for result in results:
+        before, after = f"{100 * result.before:.1f}", f"{100 * result.after:.1f}"
+        table.add_row(result.task, str(result.steps), before, after, f"{result.seconds:.0f}")
+    return table
+
+
+def _pretrain(spec: FinetuneSpec, cache: Path, devices: Devices, board: Any, update: Callable[..., None]) -> None:
+    """Pre-train on one device: a GPU, or as many cores as the task's workers would have on one node."""
+    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+    threads = 1 if devices.kind == "cuda" else most
+    resources = {"num_cpus": threads, "num_gpus": 1 if devices.kind == "cuda" else 0}
+    job = _run_pretraining.options(name="pretrain", **resources).remote(spec, cache, devices.kind, threads, board)
+    _wait([job], 1, board, ["base"], update)
+    _get(job, "pre-training")
+
+
+def _finetune_all(
+    spec: FinetuneSpec, cache: Path, devices: Devices, board: Any, update: Callable[..., None]
+) -> list[TaskResult]:
+    names = [task.name for task in spec.tasks]
+    waiting = list(names)
+    running: dict[Any, str] = {}
+    results: dict[str, TaskResult] = {}
+    while waiting or running:
+        while waiting and len(running) < devices.at_once:
+            name = waiting.pop(0)
+            if devices.workers == 1:
+                start = _run_task.options(name=f"finetune-{name}", **devices.resources)
+            else:
+                # Ray Train's own workers take the devices; this task only waits for them.
+                start = _run_trainer.options(name=f"finetune-{name}", num_cpus=0)
+            running[start.remote(spec, name, cache, devices, board)] = name
+        for job in _wait(list(running), 1, board, names, update):
+            name = running.pop(job)
+            results[name] = _get(job, f"fine-tuning on {name!r}")
+    return [results[name] for name in names]
+
+
+def _wait(jobs: list[Any], count: int, board: Any, names: list[str], update: Callable[..., None]) -> list[Any]:
+    """The jobs that have ended, once there are ``count``; meanwhile shows the steps of all ``names`` together."""
+    while True:
+        done, _ = ray.wait(jobs, num_returns=count, timeout=REPORT_EVERY)
+        counts = ray.get(board.read.remote())
+        known = [counts[name] for name in names if name in counts]
+        if known:
+            update(sum(steps for steps, _ in known), sum(total for _, total in known))
+        if done:
+            return list(done)
+
+
+def _get(job: Any, what: str) -> Any:
+    try:
+        return ray.get(job)
+    except RayError as error:
+        raise MergeRayError(f"{what} failed: {cause(error)}") from None
+
+
+def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
+    """A progress callback that writes to the board now and then, and at the end."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= REPORT_EVERY:
+            last = now
+            board.write.remote(name, done, total)
+
+    return report
+
+
+@ray.remote(max_retries=RETRIES)
+def _run_pretraining(spec: FinetuneSpec, cache: Path, device: str, threads: int, board: Any) -> None:
+    torch.set_num_threads(threads)
+    make_base(spec, cache, device, _reporter(board, "base"))
+
+
+@ray.remote(max_retries=RETRIES)
+def _run_task(spec: FinetuneSpec, name: str, cache: Path, devices: Devices, board: Any) -> TaskResult:
+    torch.set_num_threads(devices.threads)
+    return finetune_task(spec, name, cache, devices.kind, progress=_reporter(board, name))
+
+
+@ray.remote(max_retries=RETRIES)
+def _run_trainer(spec: FinetuneSpec, name: str, cache: Path, devices: Devices, board: Any) -> TaskResult:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"spec": spec, "name": name, "cache": cache, "devices": devices, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=devices.workers,
+            use_gpu=devices.kind == "cuda",
+            resources_per_worker={"CPU": devices.threads, **({"GPU": 1} if devices.kind == "cuda" else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(spec.output / "training" / "ray"),
+            # The trainer's own checkpoint is what a worker group goes on from.
+            failure_config=FailureConfig(max_failures=RETRIES),
+        ),
+    )
+    trainer.fit()
+    return read_result(spec, name)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """One of the workers that Ray Train starts for a task; they meet in torch.distributed's default group."""
+    import ray.train
+    import torch.distributed as distributed
+
+    context = ray.train.get_context()
+    devices: Devices = config["devices"]
+    torch.set_num_threads(devices.threads)
+    workers = Workers(context.get_world_rank(), context.get_world_size(), distributed.all_reduce)
+    report = _reporter(config["board"], config["name"]) if workers.rank == 0 else None
+    finetune_task(config["spec"], config["name"], config["cache"], devices.kind, workers, report)
+
+
+@contextmanager
+def _ray_session(progress: Progress) -> Iterator[None]:
+    """Join the running cluster, or start Ray on this machine; what was started is ended."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    joined = ray.is_initialized()
+    if not joined:
+        with progress.step("start Ray"):
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        if not joined:
+            ray.shutdown()

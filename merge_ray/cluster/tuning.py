@@ -1,0 +1,144 @@
+"""The studies of a sweep under Ray Tune: their candidates become trials on the pool's hosts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.callback import Callback
+from ray.tune.experiment import Trial
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.search import Searcher
+
+from merge_ray.candidate import Candidate, ledger_row
+from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.trial import MergeTrainable
+from merge_ray.search import Outcome
+from merge_ray.study import Study, outcome_of
+
+
+class SweepSearcher(Searcher):
+    """Hands the studies' candidates to Tune, the first study's first; a host that it leaves idle takes the next's.
+
+    All studies share one Tune run: starting Tune's processes anew for each would cost seconds a study, and hosts
+    would wait for every study's last trial.
+    """
+
+    def __init__(self, studies: Sequence[Study], pool: HostPool) -> None:
+        super().__init__(metric="objective", mode="max")
+        self.studies, self.pool = studies, pool
+        self.trials: dict[str, tuple[Study, str, int]] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A trial's configuration; None while no host is free or every study waits for outcomes."""
+        if not self.pool.has_free():
+            return None
+        for study in self.studies:
+            if not study.exhausted and (candidate := study.propose()) is not None:
+                return self._configuration(trial_id, study, candidate)
+        return Searcher.FINISHED if all(study.exhausted for study in self.studies) else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take a trial's outcome, and its host back."""
+        study, identity, host = self.trials.pop(trial_id)
+        self.pool.release(host)
+        study.outcomes[identity] = Outcome(None) if error or not result else outcome_of(result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is kept: the ledger is the state. Tune expects a file."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore; see :meth:`save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given to files of its own, which nothing here reads."""
+        return {}
+
+    def _configuration(self, trial_id: str, study: Study, candidate: Candidate) -> dict[str, Any]:
+        host = self.pool.lease()
+        assert host is not None
+        self.trials[trial_id] = (study, candidate.identity, host)
+        return {
+            "study": study.spec.name,
+            "parameters": dict(candidate.parameters),
+            "host": host,
+            # Tune wants text keys.
+            "cutoffs": {str(shards): value for shards, value in study.cutoffs().items()},
+        }
+
+
+class _TrialCallback(Callback):
+    """Reports ended trials to the progress display, and records those whose process Tune gave up on."""
+
+    def __init__(self, templates: Mapping[str, Candidate], ledger: Any, progress: Callable[[], None]) -> None:
+        self.templates, self.ledger, self.progress = templates, ledger, progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self.progress()
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        # The trial's get_error() is still None here, but the file is written.
+        text = Path(trial.error_file).read_text().strip() if trial.error_file else "the trial's process ended"
+        row = ledger_row(_candidate(self.templates, trial), "failed", error=text.splitlines()[-1])
+        ray.get(self.ledger.record.remote(row))
+        self.progress()
+
+
+def run_studies(
+    studies: Sequence[Study],
+    pool: HostPool,
+    ledger: Any,
+    references: Mapping[str, float],
+    directory: Path,
+    progress: Callable[[], None],
+) -> None:
+    """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
+
+    directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
+    Raises :class:`merge_ray.errors.LedgerError` when rows can no longer be written.
+    """
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger is the log; TensorBoard's is asked for
+    templates = {study.spec.name: study.template for study in studies}
+    trainable = tune.with_parameters(
+        MergeTrainable,
+        templates=templates,
+        hosts=pool.hosts,
+        ledger=ledger,
+        references=dict(references),
+        shards=studies[0].shards,
+    )
+    tuner = tune.Tuner(
+        # The hosts own the cores and devices; Tune will not take a request for nothing at all, so one byte.
+        tune.with_resources(trainable, {"memory": 1}),
+        tune_config=tune.TuneConfig(
+            search_alg=SweepSearcher(studies, pool),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: _candidate(templates, trial).label,
+            trial_dirname_creator=lambda trial: f"{trial.config['study']}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(directory.resolve()),
+            callbacks=[_TrialCallback(templates, ledger, progress), TBXLoggerCallback()],
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    progress()
+    tuner.fit()
+    progress()
+
+
+def _candidate(templates: Mapping[str, Candidate], trial: Trial) -> Candidate:
+    return replace(templates[trial.config["study"]], parameters=trial.config["parameters"])

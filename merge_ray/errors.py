@@ -1,0 +1,41 @@
+"""The errors that a user can mend, and the words that help to mend them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergeRayError(ValueError):
+    """A mistake in what merge-ray was given: the text says what, where and what would be valid."""
+
+
+class SpecError(MergeRayError):
+    """A sweep or fine-tuning spec that cannot be run; lists every mistake found."""
+
+
+class CheckpointError(MergeRayError):
+    """Weights that cannot be read, are unsafe to read, or do not fit each other."""
+
+
+class DataError(MergeRayError):
+    """A task's data that cannot be used as asked."""
+
+
+class ParameterError(MergeRayError):
+    """A method's parameter that does not exist or is out of its valid set."""
+
+
+class LedgerError(MergeRayError):
+    """A results directory that cannot take this sweep's rows."""
+
+
+def choose_from(value: object, valid: Iterable[str]) -> str:
+    """Say which words are valid, the nearest match first.
+
+    Returns text to append to an error, such as ``did you mean 'ties'? Valid: 'ties', 'tall_mask'``.
+    """
+    words = sorted(valid)
+    near = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Valid: {', '.join(repr(word) for word in words)}"

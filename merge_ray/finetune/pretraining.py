@@ -1,0 +1,84 @@
+"""Make a base: contrastive training of both towers of a CLIP model on image-caption pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from merge_ray.families import ImageEncoder
+from merge_ray.finetune.spec import PretrainSpec
+from merge_ray.finetune.trainer import batch_rows
+from merge_ray.tasks import CachedSplit
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A task's training images with what their captions are made of."""
+
+    split: CachedSplit
+    classes: Sequence[str]
+    templates: Sequence[str]
+
+
+class PairStream:
+    """Image-caption pairs over several tasks, the same for the same step.
+
+    A pair is an image, a caption, and the number of the class that the caption names, counted over all tasks.
+    """
+
+    def __init__(self, tasks: Sequence[Captioned], spec: PretrainSpec, seed: int) -> None:
+        self.tasks = tasks
+        self.spec = spec
+        self.seed = seed
+        self.first_class = np.cumsum([0, *(len(task.classes) for task in tasks)])
+        pairs = []
+        for index, task in enumerate(tasks):
+            count = len(task.split.labels)
+            rows = np.random.default_rng((seed, index)).permutation(count)[: max(1, round(spec.fraction * count))]
+            pairs.append(np.stack([np.full_like(rows, index), rows], axis=1))
+        self.pairs = np.concatenate(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
+        """Images uint8 ``[B, 3, S, S]``, captions and class numbers int64 ``[B]`` of a step."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        images, captions, numbers = [], [], []
+        for index, row in self.pairs[batch_rows(len(self.pairs), self.spec.batch_size, step, self.seed)]:
+            task = self.tasks[index]
+            label = int(task.split.labels[row])
+            if rng.random() < self.spec.caption_noise:
+                label = int(rng.integers(len(task.classes)))
+            images.append(task.split.images[row])
+            captions.append(str(rng.choice(task.templates)).format(task.classes[label]))
+            numbers.append(self.first_class[index] + label)
+        return torch.from_numpy(np.stack(images)), captions, torch.tensor(np.array(numbers))
+
+
+def contrastive_loss(
+    model: Any, encoder: ImageEncoder, tokenize: Callable[[Sequence[str]], Tensor], stream: PairStream
+) -> Callable[[int], Tensor]:
+    """CLIP's symmetric loss as a function of the step.
+
+    With few classes a batch holds many captions of one class; all pairs of a class count as matching, each
+    with an equal share, instead of being pushed apart.
+    """
+
+    def loss(step: int) -> Tensor:
+        images, captions, numbers = stream.batch(step)
+        image_features = encoder(images)
+        device = image_features.device
+        text_features = model.encode_text(tokenize(captions).to(device), normalize=True)
+        logits = model.logit_scale.exp() * image_features @ text_features.T
+        matches = (numbers[:, None] == numbers[None, :]).float().to(device)
+        targets = matches / matches.sum(dim=1, keepdim=True)
+        return (functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)) / 2
+
+    return loss

@@ -1,0 +1,174 @@
+"""The one-pass flat operations of merging: weighted sums, trimming, sign election, masks.
+
+All work on float32 vectors over one layout: task vectors ``[T, P]`` with contiguous rows, everything else ``[P]``.
+On a CPU they are compiled loops over blocks that fit the cache, on ``torch.get_num_threads()`` threads
+(:mod:`merge_ray.kernels.cpu`); elsewhere torch operations over chunks of columns
+(:mod:`merge_ray.kernels.chunked`). Results do not depend on the number of threads. Sums run in the order of the
+tasks. Nothing as large as ``[T, P]`` is allocated, except by the functions that return it.
+
+A trim may have one threshold per task (``bounds=None``) or one per task and tensor (``bounds`` of the layout,
+int64 ``[S + 1]``); thresholds are ``[T, S]`` with ``S = 1`` in the first case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_ray.kernels import chunked, cpu
+
+MaskRule = Literal["tall", "magnitude"]
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    return cpu if tensor.device.type == "cpu" else chunked
+
+
+def _whole(task_vectors: Tensor, bounds: np.ndarray | None) -> np.ndarray:
+    return np.array([0, task_vectors.shape[1]]) if bounds is None else np.asarray(bounds, dtype=np.int64)
+
+
+def vector(task_vectors: Tensor) -> Tensor:
+    """A new float32 vector ``[P]`` on the task vectors' device, its values not set."""
+    size = task_vectors.shape[1]
+    if task_vectors.device.type != "cpu":
+        return torch.empty(size, device=task_vectors.device)
+    # NumPy asks the system for huge pages, which makes the first touch of a new vector several times faster.
+    return torch.from_numpy(np.empty(size, dtype=np.float32))
+
+
+def threshold_rank(size: int, density: float) -> int:
+    """Which smallest magnitude of ``size`` (counted from 1) the threshold is; 0 where everything is kept.
+
+    ``size - int(size * density)`` as published code has it, the product in double precision, so that
+    ``int(size * density) + 1`` entries reach the threshold (and whatever is tied with it).
+    """
+    return size - int(size * density)
+
+
+def trim_thresholds(task_vectors: Tensor, density: float, bounds: np.ndarray | None = None) -> Tensor:
+    """The magnitude from which entries are kept, exactly: float32 ``[T, S]``.
+
+    An entry is kept where its magnitude is at least the threshold: see :func:`threshold_rank`. A threshold of 0
+    keeps all.
+    """
+    bounds = _whole(task_vectors, bounds)
+    ranks = [threshold_rank(int(size), density) for size in np.diff(bounds)]
+    return _backend(task_vectors).kth_magnitudes(task_vectors, bounds, ranks)
+
+
+def trim(task_vectors: Tensor, density: float, bounds: np.ndarray | None = None) -> Tensor:
+    """Trimmed task vectors ``[T, P]``: the largest magnitudes, zero elsewhere (a copy)."""
+    thresholds = trim_thresholds(task_vectors, density, bounds)
+    return chunked.trim(task_vectors, thresholds, _whole(task_vectors, bounds))
+
+
+def weighted_sum(
+    task_vectors: Tensor, coefficients: Sequence[float], out: Tensor, base: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """``out = base + scale * sum_t coefficients[t] * task_vectors[t]``, without base if none is given."""
+    weights = torch.tensor(list(coefficients), dtype=torch.float32)
+    _backend(out).weighted_sum(task_vectors, weights, out, base, scale)
+    return out
+
+
+def disjoint_merge(
+    task_vectors: Tensor,
+    thresholds: Tensor,
+    disjoint: str,
+    out: Tensor,
+    bounds: np.ndarray | None = None,
+    positive_tie: bool = False,
+) -> Tensor:
+    """TIES: trim by ``thresholds``, elect a sign per column, merge the entries that have it into ``out`` ``[P]``.
+
+    ``disjoint`` says how: ``mean``, ``sum`` or ``max``. The sign of a column is the sign of its trimmed sum; where
+    that is exactly 0, the sign of the sum of all columns' signs (the overall majority); if that is 0 as well, it
+    stays 0, or is positive with ``positive_tie``. Columns of sign 0 merge their negative entries (0 for ``max``),
+    as published code does.
+    """
+    _backend(out).disjoint_merge(task_vectors, thresholds, disjoint, out, _whole(task_vectors, bounds), positive_tie)
+    return out
+
+
+def elect_sign(
+    task_vectors: Tensor, thresholds: Tensor, bounds: np.ndarray | None = None, positive_tie: bool = False
+) -> Tensor:
+    """The elected signs of :func:`disjoint_merge`: int8 ``[P]`` of -1, 0, 1."""
+    return chunked.elect_sign(task_vectors, thresholds, _whole(task_vectors, bounds), positive_tie)
+
+
+def select_elected(
+    task_vectors: Tensor, thresholds: Tensor, signs: Tensor, bounds: np.ndarray | None = None
+) -> Tensor:
+    """Task vectors ``[T, P]`` cut down to the trimmed entries that have their column's elected sign."""
+    return chunked.select_elected(task_vectors, thresholds, signs, _whole(task_vectors, bounds))
+
+
+def mask_bits(
+    rule: MaskRule, limits: Sequence[float], base: Tensor, task_vectors: Tensor, merged_task_vector: Tensor
+) -> Tensor:
+    """Every task's mask as packed bits: uint8 ``[T, ceil(P / 8)]``, as ``numpy.packbits`` lays them out.
+
+    ``tall`` keeps an entry where ``|tau_t| > limit_t * |(base + tau) - (base + tau_t)|``, ``magnitude`` where
+    ``|tau_t| >= limit_t``.
+    """
+    bits = torch.empty(len(task_vectors), packed_size(len(base)), dtype=torch.uint8, device=base.device)
+    _backend(base).mask_bits(rule, _limits(limits), base, task_vectors, merged_task_vector, bits)
+    return bits
+
+
+def apply_masks(
+    rule: MaskRule,
+    limits: Sequence[float],
+    base: Tensor,
+    task_vectors: Tensor,
+    merged_task_vector: Tensor,
+    out: Tensor,
+    min_tasks: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """``out = base + scale * merged_task_vector`` where at least ``min_tasks`` tasks' masks hold, else base."""
+    _backend(out).apply_masks(
+        rule, _limits(limits), base, task_vectors, merged_task_vector, out, min_tasks, scale
+    )
+    return out
+
+
+def apply_bits(bits: Tensor, base: Tensor, merged_task_vector: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """``out = base + scale * merged_task_vector`` where the packed mask ``bits`` ``[ceil(P / 8)]`` holds, else base."""
+    _backend(out).apply_bits(bits, base, merged_task_vector, out, scale)
+    return out
+
+
+def consensus_bits(bits: Tensor, min_tasks: int) -> np.ndarray:
+    """The packed mask ``[ceil(P / 8)]`` of what at least ``min_tasks`` of the packed masks ``[T, ...]`` keep.
+
+    With ``min_tasks=0`` the padding after the last entry is set as well.
+    """
+    packed = bits.cpu().numpy()
+    result = np.empty(packed.shape[1], dtype=np.uint8)
+    for start in range(0, len(result), chunked.CHUNK // 8):
+        stop = start + chunked.CHUNK // 8
+        counts = np.unpackbits(packed[:, start:stop], axis=1).sum(axis=0, dtype=np.int32)
+        result[start:stop] = np.packbits(counts >= min_tasks)
+    return result
+
+
+def packed_size(size: int) -> int:
+    """The bytes of a packed mask over ``size`` weights."""
+    return -(-size // 8)
+
+
+def unpack(bits: Tensor | np.ndarray, size: int) -> np.ndarray:
+    """A packed mask's (or several masks') entries: bool ``[..., size]``."""
+    return np.unpackbits(np.asarray(bits), axis=-1, count=size).astype(bool)
+
+
+def _limits(limits: Sequence[float]) -> Tensor:
+    return torch.tensor([float(limit) for limit in limits], dtype=torch.float32)

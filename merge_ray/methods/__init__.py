@@ -1,0 +1,1 @@
+"""One module per published merging method; :mod:`merge_ray.methods.base` says what a method is."""

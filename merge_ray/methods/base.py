@@ -1,0 +1,258 @@
+"""What a merging method is: its parameters, what it may see, and what it gives back.
+
+A method is one module of this package: a frozen dataclass under :func:`register` whose fields are made
+with :func:`param`, and whose :meth:`Method.merge` turns :class:`MergeInputs` into :class:`Merged`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from merge_ray import kernels
+from merge_ray.bank import ModelBank
+from merge_ray.errors import ParameterError, choose_from
+from merge_ray.space import PerTask, Space
+
+NEEDS = frozenset({"validation"})
+"""What a method may ask for beyond the bank: ``validation`` scores merged weights on validation data."""
+
+
+def param(default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, help: str) -> Any:
+    """Declare a method's parameter: the one source for validation, the search space and the documentation.
+
+    ``valid`` is the set of allowed values, ``search`` what a sweep tries unless told otherwise (None: the default
+    only). With ``per_task`` a value may also be a mapping of every task to a value of ``valid``.
+    """
+    metadata = {"valid": valid, "search": search, "per_task": per_task, "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Merged(ABC):
+    """The answer of a method: weights for every task, shared or one set per task.
+
+    ``resolved`` is the method with every choice that it made on validation data filled in, so that the
+    same weights can be made again without choosing again.
+    """
+
+    resolved: Method
+    shared: bool
+
+    @abstractmethod
+    def write(self, task: str, out: Tensor) -> None:
+        """Put the weights that answer ``task`` into ``out`` ``[P]``, which may be the merge's own buffer."""
+
+    @abstractmethod
+    def storage_bytes(self) -> int:
+        """The bytes that must be kept to answer every task, base included where it is needed."""
+
+    def artifacts(self) -> dict[str, np.ndarray]:
+        """Arrays worth keeping beside the leaderboard (masks, coefficients), by name."""
+        return {}
+
+
+@dataclasses.dataclass
+class SharedWeights(Merged):
+    """One set of weights ``[P]`` for all tasks."""
+
+    resolved: Method
+    bank: ModelBank
+    weights: Tensor
+    shared = True
+
+    def write(self, task: str, out: Tensor) -> None:
+        """See :meth:`Merged.write`."""
+        if out.data_ptr() != self.weights.data_ptr():
+            out.copy_(self.weights)
+
+    def storage_bytes(self) -> int:
+        """One model in its stored dtypes."""
+        return self.bank.model_bytes
+
+
+class MergeInputs:
+    """All that a method may see: the bank, a seed, a buffer to merge into, and what it declared to need.
+
+    bank: the models. seed: for methods that draw. out: the buffer ``[P]`` for the result, made on first
+    use when the caller has none. resources: what answers the method's ``needs``, by name.
+    """
+
+    def __init__(
+        self,
+        bank: ModelBank,
+        seed: int = 0,
+        out: Tensor | None = None,
+        cache: MergeCache | None = None,
+        resources: Mapping[str, Any] | None = None,
+        needs: frozenset[str] = NEEDS,
+    ) -> None:
+        self.bank = bank
+        self.seed = seed
+        self._out = out
+        self._cache = cache if cache is not None else MergeCache(0)
+        self._resources = dict(resources or {})
+        self._needs = needs
+
+    @property
+    def out(self) -> Tensor:
+        """The buffer ``[P]`` that the result is written into."""
+        if self._out is None:
+            self._out = kernels.vector(self.bank.task_vectors)
+        return self._out
+
+    @property
+    def validation(self) -> Callable[[Merged, str], float]:
+        """``validation(merged, task)``: the metric of merged weights on the task's validation split."""
+        return self._need("validation")
+
+    def _need(self, name: str) -> Any:
+        if name not in self._needs:
+            raise ParameterError(f"this method uses {name!r} without declaring it in its needs")
+        if name not in self._resources:
+            raise ParameterError(f"this merge needs {name!r} data, and there is none here")
+        return self._resources[name]
+
+    def per_task(self, value: float | Mapping[str, float]) -> list[float]:
+        """A parameter's value for every task of the bank, in the bank's order."""
+        if not isinstance(value, Mapping):
+            return [float(value)] * len(self.bank.tasks)
+        if set(value) != set(self.bank.tasks):
+            tasks = list(self.bank.tasks)
+            raise ParameterError(f"a value per task is given for {sorted(value)}; the tasks are {tasks}")
+        return [float(value[task]) for task in self.bank.tasks]
+
+    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, or its result from an earlier candidate that shares this expensive part.
+
+        The result is read-only for the caller: the next candidate gets the same tensor.
+        """
+        return self._cache.get(key, compute)
+
+
+class MergeCache:
+    """The latest expensive results of one host, kept up to ``capacity`` bytes, oldest out first.
+
+    Results below :data:`SMALL` bytes (thresholds, choices made on validation data) do not count and stay.
+    """
+
+    SMALL = 1 << 20
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._results: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The result stored under ``key``, computed first if it is not there."""
+        if key in self._results:
+            self._results[key] = self._results.pop(key)
+            return self._results[key]
+        # Room is made before computing, so that the peak is one result over what stays.
+        self._shrink(self.capacity // 2)
+        result = compute()
+        self._results[key] = result
+        self._shrink(self.capacity)
+        return result
+
+    def _shrink(self, capacity: int) -> None:
+        large = {key: result.nbytes for key, result in self._results.items() if result.nbytes >= self.SMALL}
+        for key in list(large):
+            if sum(large.values()) <= capacity:
+                return
+            del large[key]
+            del self._results[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(ABC):
+    """A published merging method with its parameters.
+
+    name: as in specs and the ledger. paper: what to cite. needs: what it sees beyond the bank.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Merge the bank's models."""
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as plain values, in canonical form: mappings sorted by task."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: dict(sorted(value.items())) if isinstance(value, Mapping) else value for name, value in values.items()
+        }
+
+
+AnyMethod = TypeVar("AnyMethod", bound=type[Method])
+_registry: dict[str, type[Method]] = {}
+
+
+def register(name: str, *, paper: str, needs: tuple[str, ...] = ()) -> Callable[[AnyMethod], AnyMethod]:
+    """Make a :class:`Method` known under ``name``; ``needs`` are words of :data:`NEEDS`."""
+
+    def add(cls: AnyMethod) -> AnyMethod:
+        cls.name, cls.paper, cls.needs = name, paper, frozenset(needs)
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def available_methods() -> dict[str, type[Method]]:
+    """Every method by name; each module of this package is imported once to find them."""
+    import merge_ray.methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_registry.items()))
+
+
+def find_method(name: str) -> type[Method]:
+    """The method class called ``name``; raises :class:`ParameterError` with the nearest match."""
+    methods = available_methods()
+    if name not in methods:
+        raise ParameterError(f"unknown method {name!r}; {choose_from(name, methods)}")
+    return methods[name]
+
+
+def parameter_fields(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
+    """The method's parameters by name; each field's ``metadata`` is what :func:`param` was given."""
+    return {field.name: field for field in dataclasses.fields(method)}
+
+
+def check_parameter(method: type[Method], name: str, value: Any) -> str | None:
+    """What is wrong with giving ``value`` to a parameter, or None."""
+    fields = parameter_fields(method)
+    if name not in fields:
+        return f"{method.name} has no parameter {name!r}; {choose_from(name, fields)}"
+    metadata = fields[name].metadata
+    valid: Space = metadata["valid"]
+    if valid.contains(value) or (metadata["per_task"] and PerTask(valid).contains(value)):
+        return None
+    per_task = ", nor a mapping of tasks to that" if metadata["per_task"] else ""
+    return f"{method.name}: {name}={value!r} is not in {valid}{per_task}"
+
+
+def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
+    """The method ``name`` with ``parameters``; raises :class:`ParameterError` naming every mistake."""
+    method = find_method(name)
+    problems = [problem for key, value in parameters.items() if (problem := check_parameter(method, key, value))]
+    if problems:
+        raise ParameterError("\n".join(problems))
+    return method(**{name: _plain(value) for name, value in parameters.items()})
+
+
+def _plain(value: Any) -> Any:
+    """Our own copy of a value; lists, as YAML and JSON have them, become tuples."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, list) else value

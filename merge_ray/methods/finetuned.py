@@ -1,0 +1,38 @@
+"""Every task's own fine-tuned model: the upper reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge_ray.bank import ModelBank
+from merge_ray.methods.base import Merged, MergeInputs, Method, register
+
+
+@register("finetuned", paper="the fine-tuned models, a reference")
+@dataclass(frozen=True)
+class Finetuned(Method):
+    """``theta_0 + tau_t`` for task ``t``: the fine-tuned model up to the rounding of the subtraction."""
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """See :class:`Finetuned`."""
+        return OwnWeights(self, inputs.bank)
+
+
+@dataclass
+class OwnWeights(Merged):
+    """The weights that each task was fine-tuned to."""
+
+    resolved: Method
+    bank: ModelBank
+    shared = False
+
+    def write(self, task: str, out: Tensor) -> None:
+        """See :meth:`Merged.write`."""
+        torch.add(self.bank.base, self.bank.task_vectors[self.bank.tasks.index(task)], out=out)
+
+    def storage_bytes(self) -> int:
+        """``T`` models in their stored dtypes."""
+        return self.bank.finetuned_bytes

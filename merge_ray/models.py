@@ -1,0 +1,70 @@
+"""From a spec's locations to the bank and the heads that a sweep works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from merge_ray.bank import ModelBank, digest
+from merge_ray.candidate import fingerprint_of
+from merge_ray.checkpoints import read_weights, write_safetensors
+from merge_ray.errors import CheckpointError
+from merge_ray.families import Family, head_from_state
+from merge_ray.progress import Progress
+from merge_ray.spec import ModelsSpec
+from merge_ray.tasks import Task, cache_directory
+
+
+def load_bank(
+    models: ModelsSpec, tasks: Sequence[str], progress: Progress
+) -> tuple[ModelBank, dict[str, Tensor]]:
+    """Read the base and the fine-tuned models; returns the bank and the base's state dict in native names.
+
+    One fine-tuned model is in memory at a time. Raises :class:`CheckpointError` naming the file or the tensors.
+    """
+    family = models.open_family()
+    base = family.rename(read_weights(models.base))
+    sources = {task: partial(_read, family, models.finetuned_location(task)) for task in tasks}
+    with progress.counted("read the models") as update:
+        return ModelBank.build(base, sources, update), base
+
+
+def _read(family: Family, location: str) -> dict[str, Tensor]:
+    return family.rename(read_weights(location))
+
+
+def make_heads(
+    models: ModelsSpec, tasks: Sequence[Task], base: Mapping[str, Tensor], progress: Progress
+) -> dict[str, np.ndarray]:
+    """Every task's head ``[C, D]`` float32: read where the spec names it, or made by the base's text tower."""
+    family = models.open_family()
+    image_tower = family.image_tower(base)
+    text_tower = {name: digest(tensor) for name, tensor in base.items() if name not in image_tower}
+    heads = {}
+    for task in tasks:
+        if location := models.head_location(task.name):
+            head = head_from_state(read_weights(location))
+        else:
+            head = _zero_shot_head(family, base, task, text_tower, progress)
+        if len(head) != len(task.classes):
+            raise CheckpointError(f"the head of {task.name} has {len(head)} classes, the task has {len(task.classes)}")
+        heads[task.name] = head.numpy()
+    return heads
+
+
+def _zero_shot_head(
+    family: Family, base: Mapping[str, Tensor], task: Task, text_tower: Mapping[str, str], progress: Progress
+) -> Tensor:
+    """The head from the text tower, from the cache if it was made before from the same tower and prompts."""
+    key = fingerprint_of([family.name, family.architecture, dict(text_tower), list(task.classes), list(task.templates)])
+    path = cache_directory() / "heads" / f"{key}.safetensors"
+    if path.exists():
+        return read_weights(path)["weight"]
+    with progress.counted(f"zero-shot head of {task.name}") as update:
+        head = family.head(base, task.classes, task.templates, update)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {"weight": head}, {"task": task.name})
+    return head

@@ -1,0 +1,168 @@
+"""The report of a sweep: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from merge_ray.leaderboard import (
+    REFERENCES,
+    describe_parameters,
+    display_columns,
+    legend,
+    rank,
+    read_rows,
+    task_scores,
+    widen,
+)
+from merge_ray.report import plots
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot in the page: its caption, the words for those who cannot see it, and the image as a data address."""
+
+    caption: str
+    description: str
+    source: str
+
+
+def write_report(results: str | Path, objective: str = "normalized_mean") -> Path:
+    """Write ``report.html`` into a results directory, replacing it in one step; returns its path.
+
+    Raises :class:`merge_ray.errors.LedgerError` while no candidate is confirmed on the test split.
+    """
+    directory = Path(results)
+    rows = read_rows(directory)
+    table = rank(rows, objective)
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
+    template = environment.from_string(files("merge_ray").joinpath("assets/report.html").read_text("utf-8"))
+    spec = directory / "sweep.yaml"
+    page = template.render(
+        title=str(table["sweep"].iloc[0]),
+        facts=_facts(rows),
+        columns=display_columns(table),
+        kinds=table["kind"].tolist(),
+        legend=legend(table),
+        plots=_plots(rows, table),
+        studies=_study_plots(rows, table),
+        failures=_failures(rows),
+        directory=str(results),
+        spec=spec.read_text("utf-8") if spec.exists() else None,
+        versions=json.loads(rows["versions"].iloc[-1]),
+        fingerprints={name: rows[f"{name}_fingerprint"].iloc[-1] for name in ("bank", "data")},
+    )
+    path = directory / "report.html"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(page, "utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def leaderboard_plot(results: str | Path, path: str | Path, objective: str = "normalized_mean") -> Path:
+    """Save the bar plot of a sweep's leaderboard as an image whose kind is the path's suffix; returns the path."""
+    plots.plot_scores(rank(read_rows(results), objective)).savefig(path, dpi=150)
+    return Path(path)
+
+
+def _facts(rows: pd.DataFrame) -> dict[str, str]:
+    """The sweep in a few lines: name and value."""
+    search = rows[(rows["split"] == "val") & ~rows["method"].isin(REFERENCES)]
+    counts = search["status"].value_counts()
+    tasks = next((scores for scores in map(task_scores, rows["tasks"][::-1]) if scores), [])
+    test = rows[(rows["split"] == "test") & (rows["status"] == "complete")]["tasks"].iloc[-1]
+    samples = {score["task"]: score["count"] for score in test}
+    return {
+        "Tasks": ", ".join(f"{score['task']} ({samples[score['task']]} test samples)" for score in tasks),
+        "Studies": ", ".join(sorted(search["study"].unique())),
+        "Candidates": f"{len(search)} ({', '.join(f'{count} {name}' for name, count in counts.items())})",
+        "Time": f"{rows['seconds_total'].sum():.1f} s of trials, from {rows['time'].min():%Y-%m-%d %H:%M:%S} UTC",
+        "Devices": ", ".join(sorted(rows["device"].dropna().unique())),
+    }
+
+
+def _plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[Plot]:
+    """The plots that compare studies."""
+    merged = table[table["kind"] == "merged"]
+    if merged.empty:
+        return []
+    label = plots.score_label(table)
+    best = merged.iloc[0]
+    lowest = merged.iloc[-1]
+    searched = _candidates(rows, merged["study"].tolist())
+    styles = plots.style_of(sorted(merged["study"]))
+    compared = f"from {lowest['study']} ({lowest['score']:.3f}) to {best['study']} ({best['score']:.3f})"
+    return [
+        _plot(plots.plot_scores(table), "Merged models, ± one standard error", f"Bar plot: {label}, {compared}."),
+        _plot(
+            plots.plot_tasks(table),
+            "Normalised score of every task: 100 is as good as the task's own fine-tuned model",
+            f"Heat map of studies and tasks. The best one's worst task is {best['worst_task']} ({best['worst']:.3f}).",
+        ),
+        _plot(
+            plots.plot_progress(searched, styles),
+            "The best candidate so far of every study",
+            "Step plot of the best objective on validation data over the number of candidates.",
+        ),
+        _plot(
+            plots.plot_storage(table),
+            "What the scores cost in storage",
+            f"Scatter plot: {label} against storage. {best['study']} needs {best['storage_ratio']:.2f} of the bytes.",
+        ),
+    ]
+
+
+def _study_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, Plot]]:
+    """For every study with numeric parameters, its objective against them."""
+    studies = table.loc[table["kind"] == "merged", "study"].tolist()
+    styles = plots.style_of(sorted(studies))
+    candidates = _candidates(rows, studies)
+    found = []
+    for study in studies:
+        own = candidates[(candidates["study"] == study) & candidates["objective"].notna()]
+        names = [name.removeprefix("parameter/") for name in plots.numeric_parameters(own)]
+        if names:
+            best = describe_parameters(own.loc[own["objective"].idxmax(), "parameters"])
+            caption = f"Objective on validation data; the ring is the best: {best}"
+            description = f"{study}: objective against {', '.join(names)}; the best candidate has {best}."
+            found.append((study, _plot(plots.plot_parameters(own, styles[study]), caption, description)))
+    return found
+
+
+def _candidates(rows: pd.DataFrame, studies: list[str]) -> pd.DataFrame:
+    """The candidates of the studies that were scored on all validation samples, with parameters in columns."""
+    wide = widen(rows)
+    return wide[(wide["split"] == "val") & (wide["status"] == "complete") & wide["study"].isin(studies)]
+
+
+def _failures(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The failed candidates: study, parameters, the last line of the error, and all of it."""
+    return [
+        {
+            "study": row["study"],
+            "parameters": describe_parameters(row["parameters"]),
+            "reason": str(row["error"]).strip().splitlines()[-1],
+            "error": str(row["error"]).strip(),
+        }
+        for _, row in rows[rows["status"] == "failed"].iterrows()
+    ]
+
+
+def _plot(figure: Figure, caption: str, description: str) -> Plot:
+    """A figure as an SVG within a data address; the same figure gives the same text."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "merge-ray"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return Plot(caption, description, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())

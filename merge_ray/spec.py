@@ -1,0 +1,388 @@
+"""SweepSpec: what a sweep's YAML may say, typed and checked, all mistakes reported at once."""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from merge_ray.errors import ParameterError, SpecError, choose_from
+from merge_ray.families import Family, find_family
+from merge_ray.methods.base import check_parameter, find_method, parameter_fields
+from merge_ray.space import Choice, Float, Int, PerTask, Space
+from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
+
+Spec = TypeVar("Spec", bound=BaseModel)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Strict(BaseModel):
+    """A part of a spec: unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelsSpec(Strict):
+    """The models to merge. Locations may hold ``{task}``; a mapping gives one location a task."""
+
+    family: str = "clip"
+    architecture: str
+    base: str
+    finetuned: str | dict[str, str]
+    heads: str | dict[str, str] | None = None
+    """Saved classification heads; without them zero-shot heads come from the base's text tower."""
+
+    @pydantic.model_validator(mode="after")
+    def _family_exists(self) -> ModelsSpec:
+        self.open_family()
+        return self
+
+    def open_family(self) -> Family:
+        """The family for this architecture."""
+        return find_family(self.family, self.architecture)
+
+    def finetuned_location(self, task: str) -> str:
+        """Where the model that was fine-tuned on ``task`` lies."""
+        return _location(self.finetuned, task)
+
+    def head_location(self, task: str) -> str | None:
+        """Where the head of ``task`` lies, or None if it is made from the text tower."""
+        return None if self.heads is None else _location(self.heads, task)
+
+
+def _location(locations: str | Mapping[str, str], task: str) -> str:
+    return locations.replace("{task}", task) if isinstance(locations, str) else locations[task]
+
+
+class EvaluationSpec(Strict):
+    """How candidates are scored."""
+
+    batch_size: int = Field(128, ge=1)
+    shards: int = Field(4, ge=1)
+    """Validation data are scored in this many shards of a fixed random order; schedulers act between them."""
+    max_samples: int | None = Field(None, ge=1)
+    """At most this many validation samples a task; the test split is always scored whole."""
+    objective: str = "normalized_mean"
+    select_on: str = "val"
+
+    @pydantic.field_validator("select_on")
+    @classmethod
+    def _never_test(cls, value: str) -> str:
+        if value == "test":
+            raise ValueError("selecting on the test split would overstate every result; candidates are selected on 'val'")
+        if value != "val":
+            raise ValueError(choose_from(value, ["val"]))
+        return value
+
+
+class SearchSpec(Strict):
+    """How a study searches; given once for all studies and overridden in each."""
+
+    searcher: Literal["grid", "random", "optuna", "cmaes"] = "optuna"
+    scheduler: Literal["none", "asha"] = "none"
+    trials: int | None = Field(24, ge=1)
+    seconds: float | None = Field(None, gt=0)
+    reduction_factor: int = Field(2, ge=2)
+    grace_shards: int = Field(1, ge=1)
+
+
+def _parse_space(value: Any) -> Space:
+    """A space from YAML: a list of values, ``{low, high, log, points}``, or ``{per_task: ...}``."""
+    if isinstance(value, Space):
+        return value
+    if isinstance(value, list) and value:
+        return Choice(tuple(value))
+    if isinstance(value, Mapping) and set(value) == {"per_task"}:
+        return PerTask(_parse_space(value["per_task"]))
+    if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= {"low", "high", "log", "points"}:
+        low, high = value["low"], value["high"]
+        numbers = all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in (low, high))
+        if not numbers or low > high:
+            raise ValueError("low and high must be numbers, low not above high")
+        if value.get("log") and low <= 0:
+            raise ValueError("a log range starts above 0")
+        points = value.get("points", 11)
+        if not isinstance(points, int) or points < 1:
+            raise ValueError("points must be a whole number above 0")
+        return Float(float(low), float(high), bool(value.get("log", False)), points)
+    raise ValueError("a space is a list of values, {low, high, log, points}, or {per_task: a space}")
+
+
+class StudySpec(SearchSpec):
+    """One search over one method: ``parameters`` are fixed, ``space`` is searched."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    name: str
+    method: str
+    parameters: dict[str, Any] = {}
+    space: dict[str, Annotated[Space, BeforeValidator(_parse_space)]] | None = None
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _method_exists(cls, value: str) -> str:
+        find_method(value)
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _parameters_fit(self) -> StudySpec:
+        method = find_method(self.method)
+        problems = [check_parameter(method, name, value) for name, value in self.parameters.items()]
+        for name, space in (self.space or {}).items():
+            valid = parameter_fields(method)[name].metadata["valid"] if name in parameter_fields(method) else space
+            problems += [check_parameter(method, name, value) for value in _ends(_in_kind(space, valid))]
+            if name in self.parameters:
+                problems.append(f"{name!r} is both fixed in 'parameters' and searched in 'space'")
+        if self.searcher == "cmaes" and (reason := _unfit_for_cmaes(self.search_space())):
+            problems.append(reason)
+        if found := [problem for problem in problems if problem]:
+            raise ValueError("\n".join(dict.fromkeys(found)))
+        if self.trials is None and self.seconds is None and self.searcher != "grid" and self.search_space():
+            raise ValueError("a search needs a budget: 'trials', 'seconds', or both")
+        return self
+
+    def search_space(self) -> dict[str, Space]:
+        """What the study varies: its own ``space``, or the method's default less what is fixed."""
+        fields = parameter_fields(find_method(self.method))
+        if self.space is not None:
+            return {name: _in_kind(part, fields[name].metadata["valid"]) for name, part in self.space.items()}
+        searched = {name: field.metadata["search"] for name, field in fields.items() if name not in self.parameters}
+        return {name: part for name, part in searched.items() if part is not None}
+
+
+def _in_kind(space: Space, valid: Space) -> Space:
+    """A range written in YAML as the parameter means it: of integers where only integers are valid."""
+    if isinstance(space, Float) and isinstance(valid, Int):
+        return Int(math.ceil(space.low), math.floor(space.high))
+    return space
+
+
+def _ends(space: Space) -> list[Any]:
+    if isinstance(space, PerTask):
+        return [{"a task": value} for value in _ends(space.each)]
+    return [space.low, space.high] if isinstance(space, (Float, Int)) else space.grid()
+
+
+def _unfit_for_cmaes(space: Mapping[str, Space]) -> str | None:
+    parts = [part.each if isinstance(part, PerTask) else part for part in space.values()]
+    if not all(isinstance(part, (Float, Int)) for part in parts):
+        return "cmaes searches numbers only; use optuna, or fix the parameters that are choices"
+    if len(parts) == 1 and not any(isinstance(part, PerTask) for part in space.values()):
+        return "cmaes needs two or more numbers, such as {per_task: {low: 0, high: 1}}; use optuna for one"
+    return None
+
+
+class HostsSpec(Strict):
+    """The actors that merge and score: by default one a GPU, or else one a CPU core."""
+
+    count: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class SweepSpec(Strict):
+    """A whole sweep. ``tasks`` lists what to be good at, or ``num_tasks`` picks the papers' 8, 14 or 20."""
+
+    name: str
+    results: Path = Path("results")
+    seed: int = 0
+    models: ModelsSpec
+    tasks: list[TaskSpec]
+    evaluation: EvaluationSpec = EvaluationSpec()
+    studies: dict[str, StudySpec]
+    hosts: HostsSpec = HostsSpec()
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("a name is made of letters, digits, '_', '.' and '-', and starts with a letter or digit")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> SweepSpec:
+        names = self.task_names
+        problems = []
+        if not names:
+            problems.append("tasks: at least one task is needed")
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"tasks: named twice: {', '.join(doubled)}")
+        if not self.studies:
+            problems.append("studies: at least one study is needed")
+        for field in ("finetuned", "heads"):
+            given = getattr(self.models, field)
+            if isinstance(given, Mapping) and set(given) != set(names):
+                problems.append(f"models.{field}: given for {sorted(given)}, but the tasks are {sorted(names)}")
+            if isinstance(given, str) and len(names) > 1 and "{task}" not in given:
+                problems.append(f"models.{field}: {given!r} must hold {{task}}, or be a mapping of task to location")
+        for study in self.studies.values():
+            problems += [f"studies.{study.name}.parameters.{name}: given for {sorted(value)}, but the tasks are {sorted(names)}"
+                         for name, value in study.parameters.items() if isinstance(value, Mapping) and set(value) != set(names)]
+        objectives = objective_names(names)
+        if self.evaluation.objective not in objectives:
+            problems.append(f"evaluation.objective: {self.evaluation.objective!r}; {choose_from(self.evaluation.objective, objectives)}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks' names in the spec's order."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def directory(self) -> Path:
+        """Where everything that this sweep writes goes."""
+        return self.results / self.name
+
+
+def objective_names(tasks: Sequence[str]) -> list[str]:
+    """The metrics of the ledger that a search may maximise."""
+    per_task = [f"{kind}/{task}" for kind in ("accuracy", "normalized") for task in tasks]
+    return ["normalized_mean", "mean", "worst", *per_task]
+
+
+def load_sweeps(path: Path | str, overrides: Sequence[str] = ()) -> list[SweepSpec]:
+    """The sweeps that a YAML file describes: one, or one for each length of the papers' task list.
+
+    overrides: ``key.inner=value`` texts that replace values of the file. Raises :class:`SpecError`.
+    """
+    raw = read_yaml(path)
+    for text in overrides:
+        _override(raw, text)
+    counts = raw.pop("num_tasks", None)
+    if counts is None:
+        return [check_spec(SweepSpec, _with_defaults(raw), path)]
+    settings = raw.get("tasks") or {}
+    if not isinstance(settings, Mapping):
+        raise SpecError(f"{path}: with num_tasks, 'tasks' maps single tasks to their settings; found a list")
+    sweeps = []
+    for count in counts if isinstance(counts, list) else [counts]:
+        if count not in TASK_LISTS:
+            raise SpecError(f"{path}: num_tasks: {count!r}; {choose_from(count, map(str, TASK_LISTS))}")
+        name = str(raw.get("name", "")).replace("{num_tasks}", str(count))
+        tasks = [{"name": task, **settings[task]} if task in settings else task for task in TASK_LISTS[count]]
+        sweeps.append(check_spec(SweepSpec, _with_defaults({**raw, "name": name, "tasks": tasks}), path))
+    return sweeps
+
+
+def load_spec(model: type[Spec], path: Path | str, overrides: Sequence[str] = ()) -> Spec:
+    """A spec of another kind, such as a fine-tuning spec, read and checked in the same way."""
+    raw = read_yaml(path)
+    for text in overrides:
+        _override(raw, text)
+    return check_spec(model, raw, path)
+
+
+def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread ``search`` over the studies and ``task_defaults`` over the tasks."""
+    spread = dict(raw)
+    search, defaults = spread.pop("search", None) or {}, spread.pop("task_defaults", None) or {}
+    studies = spread.get("studies")
+    if isinstance(studies, list):
+        studies = dict.fromkeys(studies)
+    if isinstance(studies, Mapping) and isinstance(search, Mapping):
+        spread["studies"] = {
+            name: {**search, "method": name, **(study or {}), "name": name} if isinstance(study, (Mapping, type(None))) else study
+            for name, study in studies.items()
+        }
+    if isinstance(spread.get("tasks"), list) and defaults:
+        spread["tasks"] = [_with_task_defaults(task, defaults) for task in spread["tasks"]]
+    return spread
+
+
+def _with_task_defaults(task: Any, defaults: Mapping[str, Any]) -> Any:
+    """A task of the spec with the defaults filled in, ``{task}`` in them standing for its name."""
+    if isinstance(task, str):
+        if set(defaults) & set(SOURCES):
+            task = {"name": task}
+        else:
+            try:
+                task = TaskSpec.model_validate(task).model_dump(exclude_unset=True)
+            except pydantic.ValidationError:
+                return task
+    if not isinstance(task, Mapping):
+        return task
+    name = str(task.get("name", ""))
+    filled = {key: value.replace("{task}", name) if isinstance(value, str) else value for key, value in defaults.items()}
+    if set(task) & set(SOURCES):
+        filled = {key: value for key, value in filled.items() if key not in SOURCES}
+    return {**filled, **task}
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file; raises :class:`SpecError` with the line of a syntax mistake."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise SpecError(f"{path}: a spec is a mapping of keys to values")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"--set {text}: write key.inner=value")
+    *parents, last = path.split(".")
+    for key in parents:
+        if raw.get(key) is None:
+            raw[key] = {}
+        raw = raw[key]
+        if not isinstance(raw, dict):
+            raise SpecError(f"--set {text}: {key!r} holds a value, not a mapping")
+    raw[last] = yaml.safe_load(value)
+
+
+def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) -> Spec:
+    """``raw`` as a ``model``; raises :class:`SpecError` that lists every mistake with its place."""
+    try:
+        return model.model_validate(raw)
+    except ParameterError as error:
+        raise SpecError(f"{source}: {error}") from None
+    except pydantic.ValidationError as invalid:
+        mistakes = [_describe(model, error) for error in invalid.errors()]
+        raise SpecError(f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)) from None
+
+
+def _describe(model: type[BaseModel], error: Any) -> str:
+    location = [part for part in error["loc"] if not str(part).startswith("function-")]
+    place = ".".join(map(str, location)) or "spec"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(model, location[:-1])
+        return f"  {place}: unknown key; {choose_from(location[-1], fields)}"
+    if error["type"] == "missing":
+        return f"  {place}: missing"
+    if error["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"  {place}: {error['input']!r}; {choose_from(error['input'], valid)}"
+    given = "" if isinstance(error["input"], (Mapping, list, BaseModel)) else f"{error['input']!r}: "
+    return "\n".join(f"  {place}: {given}{line}" for line in message.splitlines())
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys that a spec may have at ``location``."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[part].annotation if part in current.model_fields else current
+        current = next((item for item in _models_in(current)), current)
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,137 @@
+"""A study: one search over one method, replayed from the ledger as far as that goes.
+
+A study proposes candidates and takes their outcomes; it knows neither hosts nor Ray. Its searcher is told outcomes
+strictly in the order of its proposals and at a fixed distance behind them, however the trials happen to finish.
+So the same seed and distance give the same candidates, and a ledger gives them again without a trial.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merge_ray.candidate import Candidate
+from merge_ray.search import Outcome, Proposer, halving_cutoffs, make_proposer
+from merge_ray.spec import StudySpec
+
+MOST_REPEATS = 50
+"""A searcher that proposes this many known candidates in a row has searched its space."""
+
+
+class Study:
+    """One study in progress.
+
+    template: a candidate but for what is searched. known: the ledger's rows by identity. distance: how many
+    proposals may be unanswered. earlier: studies of the same method that this one learns from; it waits for them.
+    """
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        template: Candidate,
+        tasks: Sequence[str],
+        shards: int,
+        known: Mapping[str, Mapping[str, Any]],
+        distance: int,
+        earlier: Sequence[Study] = (),
+    ) -> None:
+        self.spec, self.template, self.tasks, self.shards = spec, template, tasks, shards
+        self.known, self.distance, self.earlier = known, distance, earlier
+        self.candidates: list[Candidate] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self.exhausted = False
+        self._seen: set[str] = set()
+        self._told = 0
+        self._proposer: Proposer | None = None
+        self._begun = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will be proposed and every candidate has its outcome."""
+        return self.exhausted and len(self.outcomes) == len(self._seen)
+
+    @property
+    def best_value(self) -> float | None:
+        """The highest objective of a complete candidate so far."""
+        values = [item.value for item in self.outcomes.values() if item.value is not None and not item.pruned]
+        return max(values, default=None)
+
+    def propose(self) -> Candidate | None:
+        """The next candidate that neither the ledger nor this study has scored; None if there is none for now."""
+        if self._proposer is None and not self._begin():
+            return None
+        assert self._proposer is not None
+        for _ in range(MOST_REPEATS):
+            self._tell()
+            if self._budget_is_spent():
+                break
+            if len(self.candidates) - self._told >= self.distance:
+                return None
+            proposal = self._proposer.ask()
+            if proposal is None:
+                break
+            candidate = self._candidate(proposal)
+            self.candidates.append(candidate)
+            if candidate.identity in self._seen:
+                continue
+            self._seen.add(candidate.identity)
+            if (row := self._answer(candidate)) is None:
+                return candidate
+            self.outcomes[candidate.identity] = outcome_of(row)
+        self.exhausted = True
+        return None
+
+    def cutoffs(self) -> dict[int, float]:
+        """What a candidate proposed now must reach after a number of shards to go on."""
+        if self.spec.scheduler == "none":
+            return {}
+        told = [self.outcomes[candidate.identity] for candidate in self.candidates[: self._told]]
+        return halving_cutoffs(told, self.shards, self.spec.reduction_factor, self.spec.grace_shards)
+
+    def _begin(self) -> bool:
+        if not all(study.finished for study in self.earlier):
+            return False
+        learnt = [
+            (candidate.parameters, outcome.value)
+            for study in self.earlier
+            for candidate in study.candidates
+            if (outcome := study.outcomes[candidate.identity]).value is not None and not outcome.pruned
+        ]
+        space, start = self.spec.search_space(), self.template.parameters
+        self._proposer = make_proposer(self.spec.searcher, space, self.tasks, self.template.seed, start, learnt)
+        # What earlier runs of the same command spent counts, so that a restart adds no budget.
+        rows = [row for row in self.known.values() if row["study"] == self.spec.name]
+        self._begun = time.monotonic() - sum(row["seconds_total"] or 0.0 for row in rows)
+        return True
+
+    def _candidate(self, proposal: Mapping[str, Any]) -> Candidate:
+        proposed = replace(self.template, parameters={**self.spec.parameters, **proposal})
+        return replace(self.template, parameters=proposed.make().parameters())
+
+    def _answer(self, candidate: Candidate) -> Mapping[str, Any] | None:
+        """The ledger's row for a candidate; one that was cut short counts only where a scheduler may do so."""
+        row = self.known.get(candidate.identity)
+        if row is not None and row["status"] == "pruned" and self.spec.scheduler == "none":
+            return None
+        return row
+
+    def _tell(self) -> None:
+        assert self._proposer is not None
+        limit = len(self.candidates) - self.distance + 1
+        while self._told < limit and (outcome := self.outcomes.get(self.candidates[self._told].identity)):
+            self._proposer.tell(outcome)
+            self._told += 1
+
+    def _budget_is_spent(self) -> bool:
+        if self.spec.trials is not None and len(self._seen) >= self.spec.trials:
+            return True
+        return self.spec.seconds is not None and time.monotonic() - self._begun >= self.spec.seconds
+
+
+def outcome_of(row: Mapping[str, Any]) -> Outcome:
+    """What a ledger row, or a trial's last result, says to the searcher."""
+    if row["status"] == "failed":
+        return Outcome(None)
+    return Outcome(row["objective"], tuple(row["curve"]), row["status"] == "pruned")

@@ -1,0 +1,262 @@
+"""run_sweep: the path of a sweep, from a spec to a confirmed leaderboard."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import yaml
+
+from merge_ray.bank import ModelBank
+from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
+from merge_ray.cluster.errors import cause
+from merge_ray.cluster.host import HostSetup
+from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.tuning import run_studies
+from merge_ray.errors import DataError, LedgerError
+from merge_ray.evaluate import ORDER_SEED
+from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
+from merge_ray.methods.base import make_method
+from merge_ray.models import load_bank, make_heads
+from merge_ray.progress import Progress
+from merge_ray.report import write_report
+from merge_ray.spec import SweepSpec
+from merge_ray.study import Study
+from merge_ray.tasks import cache_directory, open_task, overlap
+
+Rows = dict[str, dict[str, Any]]
+
+
+def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -> Path:
+    """Search every study of ``spec`` and confirm the best on the test split; returns the results directory.
+
+    The ledger in that directory answers for all that it already holds, so the same call after any
+    interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
+
+    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
+    before Ray starts where that can be known.
+    """
+    with _own_directory(spec.directory):
+        bank, base = load_bank(spec.models, spec.task_names, progress)
+        data, heads = _prepare_data(spec, base, progress)
+        fingerprints = _fingerprints(spec, bank, data, heads)
+        rows = _open_ledger(spec, fingerprints, retry_failed)
+        with _ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
+            sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
+            references = sweep.score_references()
+            sweep.search(references)
+            sweep.confirm(references)
+        with progress.step("leaderboard and report"):
+            write_leaderboard(spec.directory, spec.evaluation.objective)
+            write_report(spec.directory)
+    return spec.directory
+
+
+class _Sweep:
+    """What the studies of one running sweep share."""
+
+    def __init__(
+        self, spec: SweepSpec, fingerprints: Fingerprints, pool: HostPool, ledger: Any, rows: Rows, progress: Progress
+    ) -> None:
+        self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
+        self.ledger, self.rows, self.progress = ledger, rows, progress
+
+    def score_references(self) -> dict[str, dict[str, float]]:
+        """Score the base and every fine-tuned model once on both splits.
+
+        Returns ``{split: {task: score}}`` of the fine-tuned models, by which normalised scores divide.
+        """
+        splits = ("val", "test")
+        with self.progress.step("score the base and the fine-tuned models"):
+            finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
+            self._score(finetuned, None)
+            references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
+            self._score([self._candidate("pretrained", "pretrained", split) for split in splits], references)
+        return references
+
+    def search(self, references: Mapping[str, Mapping[str, float]]) -> None:
+        """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
+        studies: list[Study] = []
+        for name, spec in self.spec.studies.items():
+            template = self._candidate(name, spec.method, "val", spec.parameters)
+            shards, distance = self.spec.evaluation.shards, 2 * len(self.pool.hosts)
+            earlier = [study for study in studies if study.spec.method == spec.method]
+            studies.append(Study(spec, template, self.spec.task_names, shards, self.rows, distance, earlier))
+        with self.progress.studies(studies) as update:
+            run_studies(studies, self.pool, self.ledger, references["val"], self.spec.directory, update)
+
+    def confirm(self, references: Mapping[str, Mapping[str, float]]) -> None:
+        """Score the best candidate of every study on the test split, and keep its artifacts."""
+        best = best_candidates(read_rows(self.spec.directory)).to_dict("records")
+        chosen = [self._candidate(row["study"], row["method"], "test", json.loads(row["resolved"])) for row in best]
+        with self.progress.step("confirm the best of every study on the test split"):
+            self._score(chosen, references, keep_artifacts=True)
+
+    def _score(
+        self,
+        candidates: Sequence[Candidate],
+        references: Mapping[str, Mapping[str, float]] | None,
+        keep_artifacts: bool = False,
+    ) -> None:
+        """Score and record the candidates that the ledger does not hold."""
+        missing = list({item.identity: item for item in candidates if item.identity not in self.rows}.values())
+        for candidate, report, host in self.pool.score_all(missing, references):
+            if isinstance(report, Exception):
+                row = ledger_row(candidate, "failed", error=cause(report))
+            else:
+                seconds = report["seconds_merge"] + report["seconds_evaluate"]
+                row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
+                if keep_artifacts and (arrays := ray.get(host.artifacts.remote(candidate))):
+                    row["artifacts"] = [ray.get(self.ledger.keep.remote(candidate.identity, arrays))]
+            ray.get(self.ledger.record.remote(row))
+            self.rows[candidate.identity] = row
+
+    def _scores(self, candidate: Candidate) -> dict[str, float]:
+        """The reference scores from the fine-tuned models' row."""
+        row = self.rows[candidate.identity]
+        if row["status"] == "failed":
+            raise DataError(f"the fine-tuned models cannot be scored on {candidate.split}: {row['error']}")
+        scores = {score["task"]: score["value"] for score in row["tasks"]}
+        if zeros := [task for task, value in scores.items() if value == 0]:
+            raise DataError(f"the fine-tuned models of {zeros} score 0 on {candidate.split}: do head and labels fit?")
+        return scores
+
+    def _candidate(
+        self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None
+    ) -> Candidate:
+        made = make_method(method, parameters or {})
+        return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints)
+
+
+@contextmanager
+def _own_directory(directory: Path) -> Iterator[None]:
+    """Hold the results directory for this process alone; the lock goes with the process, however it ends."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("a+")
+    except OSError as error:
+        raise LedgerError(f"cannot write to the results directory {directory}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise LedgerError(f"{directory} is in use by process {lock.read().strip()}; wait for it or end it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _prepare_data(
+    spec: SweepSpec, base: Mapping[str, torch.Tensor], progress: Progress
+) -> tuple[dict[str, dict[str, str]], dict[str, np.ndarray]]:
+    """Decode every split once into the cache and make the heads.
+
+    Returns the splits' fingerprints ``{split: {task: fingerprint}}`` and the heads ``{task: [C, D]}``.
+    """
+    tasks = [open_task(task) for task in spec.tasks]
+    heads = make_heads(spec.models, tasks, base, progress)
+    preprocessing = spec.models.open_family().preprocessing
+    fingerprints: dict[str, dict[str, str]] = {"val": {}, "test": {}}
+    for task in tasks:
+        cached = {}
+        for split in ("train", "val", "test") if "train" in task.splits else ("val", "test"):
+            with progress.counted(f"decode {task.name} {split}") as update:
+                cached[split] = task.cached(split, preprocessing.size, preprocessing.interpolation, cache_directory(), update)
+        for split in fingerprints:
+            fingerprints[split][task.name] = cached[split].fingerprint
+        for first, second in (("train", "test"), ("val", "test"), ("train", "val")):
+            if first in cached and (shared := overlap(cached[first], cached[second])):
+                progress.warn(f"{task.name}: {shared} images of {second} are in {first}, too; its scores may flatter")
+    return fingerprints, heads
+
+
+def _fingerprints(
+    spec: SweepSpec, bank: ModelBank, data: Mapping[str, Mapping[str, str]], heads: Mapping[str, np.ndarray]
+) -> Fingerprints:
+    head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
+    hashed_heads = fingerprint_of(head_parts)
+    protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude={"batch_size"})}
+    return Fingerprints(bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol))
+
+
+def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
+    """The rows that this sweep already has; raises :class:`LedgerError` if they belong to another sweep."""
+    directory = spec.directory
+    identity = {"bank": fingerprints.bank, "data": dict(fingerprints.data), "protocol": fingerprints.protocol}
+    described = directory / "sweep.json"
+    if described.exists():
+        before = json.loads(described.read_text())
+        if changed := [part for part in identity if before.get(part) != identity[part]]:
+            words = {"bank": "models", "data": "data", "protocol": "heads or sampling"}
+            raise LedgerError(
+                f"{directory} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
+                "choose another name, or move that directory away"
+            )
+    described.write_text(json.dumps(identity, indent=2))
+    (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    rows = _rows_by_identity(directory)
+    return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}
+
+
+def _rows_by_identity(directory: Path) -> Rows:
+    if not any((directory / "trials").glob("*.parquet")):
+        return {}
+    return {row["identity"]: row for row in read_rows(directory).to_dict("records")}
+
+
+@contextmanager
+def _ray_session(progress: Progress) -> Iterator[None]:
+    """Join the running cluster, or start Ray on this machine; what was started is ended."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with progress.step("start Ray"):
+        joined = ray.is_initialized()
+        if not joined:
+            ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        yield
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+@contextmanager
+def _start_actors(
+    spec: SweepSpec, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
+) -> Iterator[tuple[HostPool, Any]]:
+    """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
+    extras = spec.models.open_family().image_tower(bank.extras)
+    setup = HostSetup(
+        models=spec.models,
+        tasks=tuple(spec.tasks),
+        evaluation=spec.evaluation,
+        layout=bank.layout,
+        bank_tasks=bank.tasks,
+        fingerprint=bank.fingerprint,
+        heads=heads,
+        cache=cache_directory(),
+        device="cpu",
+        threads=1,
+    )
+    # Names are for the dashboard; the time keeps two sweeps of one driver apart.
+    name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
+    pool = HostPool.start(name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()})
+    ledger = start_results_actor(spec.directory, f"{name}/results")
+    try:
+        with progress.step("load the models into the hosts"):
+            pool.wait_until_ready()
+        yield pool, ledger
+    finally:
+        pool.close()
+        ray.kill(ledger)

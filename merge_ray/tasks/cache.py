@@ -1,0 +1,179 @@
+"""The cache of decoded images: one directory per task, split and preprocessing, memory-mapped by its readers.
+
+A directory holds ``images.npy`` (uint8 [N, 3, S, S]), ``labels.npy`` (int64 [N]), ``hashes.npy`` (uint8 [N, 16], of
+all pixels before scaling) and ``meta.json``. It is written aside and then renamed: what has its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from filelock import FileLock
+
+from merge_ray.errors import DataError
+from merge_ray.tasks.decode import PIXEL_HASH_BYTES, Decoded, decode
+from merge_ray.tasks.source import Part, Payload
+
+Progress = Callable[[int, int, str], None]
+BATCH = 256
+MOST_THREADS = 16
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """One split, decoded. Pickled as its directory and opened again by whoever unpickles it.
+
+    ``images`` is a read-only memory map, uint8 [N, 3, S, S]; ``labels`` int64 [N]; ``hashes`` uint8 [N, 16]. The
+    ``fingerprint`` covers the source's bytes (pixels, where the source has no files), the labels and the split's
+    name; it is the same on every machine, and for every input size.
+    """
+
+    directory: Path
+    images: np.memmap
+    labels: np.ndarray
+    hashes: np.ndarray
+    fingerprint: str
+    classes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, directory: Path, classes: Sequence[str]) -> CachedSplit:
+        """Map a finished cache directory."""
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        images = np.load(directory / "images.npy", mmap_mode="r")
+        labels, hashes = np.load(directory / "labels.npy"), np.load(directory / "hashes.npy")
+        return cls(directory, images, labels, hashes, meta["fingerprint"], tuple(classes))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> tuple[object, tuple[Path, tuple[str, ...]]]:
+        return CachedSplit.open, (self.directory, self.classes)
+
+
+def overlap(first: CachedSplit, second: CachedSplit) -> int:
+    """How many images of ``second`` are, pixel for pixel, also in ``first`` (as decoded, before scaling)."""
+    key = f"V{PIXEL_HASH_BYTES}"
+    known = np.ascontiguousarray(first.hashes).view(key).ravel()
+    return int(np.isin(np.ascontiguousarray(second.hashes).view(key).ravel(), known).sum())
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What is to be decoded: ``rows`` (ascending) of a part, for the named task and split."""
+
+    task: str
+    split: str
+    part: Part
+    rows: np.ndarray
+    size: int
+    interpolation: str
+
+    @property
+    def text(self) -> str:
+        """What a progress bar says."""
+        return f"decoding {self.task} {self.split}"
+
+
+def ensure_cached(directory: Path, find_job: Callable[[], DecodeJob], progress: Progress | None) -> None:
+    """See that ``directory`` holds a whole cache. One process decodes; others that want the same wait for it.
+
+    Raises DataError for an image that cannot be read, and where the cache cannot be written.
+    """
+    if directory.exists():
+        return
+    job = find_job()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not directory.exists():
+                _write_aside(directory, job, progress)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the image cache of task {job.task!r}, split {job.split!r}, at {directory}: {error}"
+        ) from error
+
+
+def _write_aside(directory: Path, job: DecodeJob, progress: Progress | None) -> None:
+    """Under the lock, anything left at the name aside is from a process that was killed."""
+    needed, free = len(job.rows) * 3 * job.size**2, shutil.disk_usage(directory.parent).free
+    if needed > free:
+        raise DataError(
+            f"no room for the image cache of task {job.task!r}, split {job.split!r}, in {directory.parent}: "
+            f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        )
+    aside = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        _write(aside, job, progress)
+        aside.rename(directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write(directory: Path, job: DecodeJob, progress: Progress | None) -> None:
+    labels = job.part.labels[job.rows]
+    hashes = np.empty((len(labels), PIXEL_HASH_BYTES), np.uint8)
+    digest = hashlib.sha256(job.split.encode() + labels.astype("<i8").tobytes())
+    with open(directory / "images.npy", "wb") as file:
+        _write_header(file, (len(labels), 3, job.size, job.size))
+        for index, decoded in enumerate(_decode_all(job)):
+            # Written, not mapped: a full disk is then an error and not a killed process.
+            file.write(decoded.pixels.tobytes())
+            hashes[index] = np.frombuffer(decoded.pixel_hash, np.uint8)
+            digest.update(decoded.source_hash)
+            if progress is not None and ((index + 1) % BATCH == 0 or index + 1 == len(labels)):
+                progress(index + 1, len(labels), job.text)
+    np.save(directory / "labels.npy", labels)
+    np.save(directory / "hashes.npy", hashes)
+    meta = {
+        "task": job.task,
+        "split": job.split,
+        "size": job.size,
+        "interpolation": job.interpolation,
+        "count": len(labels),
+        "fingerprint": digest.hexdigest(),
+    }
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _decode_all(job: DecodeJob) -> Iterator[Decoded]:
+    """Decode in threads (Pillow lets go of the interpreter lock), a batch in memory at a time, in the rows' order."""
+
+    def decode_row(row: int, load: Callable[[], Payload]) -> Decoded:
+        try:
+            return decode(load, job.size, job.interpolation)
+        except Exception as error:  # Pillow raises many kinds for broken files
+            raise DataError(
+                f"task {job.task!r}, split {job.split!r}, row {row}: the image cannot be read: {error} "
+                f"({job.part.where(row)})"
+            ) from error
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
+        loads = job.part.read(job.rows)
+        for rows in _batches(job.rows.tolist()):
+            yield from pool.map(decode_row, rows, islice(loads, len(rows)))
+
+
+def _batches(rows: Sequence[int]) -> Iterable[Sequence[int]]:
+    return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+
+
+def cache_directory() -> Path:
+    """Where decoded images and heads are kept: ``$MERGE_RAY_CACHE``, or ``~/.cache/merge_ray``."""
+    return Path(os.environ.get("MERGE_RAY_CACHE", "~/.cache/merge_ray")).expanduser()

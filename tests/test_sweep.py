@@ -1,0 +1,190 @@
+"""A sweep on a small cluster: what it writes, what it does again, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+import tiny
+
+from merge_ray.candidate import Candidate, Fingerprints
+from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.tuning import run_studies
+from merge_ray.errors import CheckpointError, DataError, LedgerError, MergeRayError
+from merge_ray.leaderboard import rank, read_rows
+from merge_ray.methods.base import make_method
+from merge_ray.progress import Progress
+from merge_ray.spec import StudySpec, load_sweeps
+from merge_ray.study import Study
+from merge_ray.sweep import run_sweep
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_world(folder)
+    return folder
+
+
+def sweep(folder: Path, **changes) -> Path:
+    [spec] = load_sweeps(tiny.write_spec(folder, **changes))
+    return run_sweep(spec, Progress())
+
+
+def ledger_files(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (directory / "trials").glob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def finished(world, ray_cluster) -> Path:
+    return sweep(world)
+
+
+def test_a_sweep_leaves_a_row_for_every_candidate_and_a_confirmed_leaderboard(finished):
+    rows = read_rows(finished)
+    validation = rows[(rows["split"] == "val") & (rows["status"] == "complete")]
+    assert validation.groupby("study").size().to_dict() == {"finetuned": 1, "pretrained": 1, "task_arithmetic": 3, "ties": 4}
+    board = pd.read_parquet(finished / "leaderboard.parquet")
+    assert set(board["study"]) == {"pretrained", "finetuned", "task_arithmetic", "ties"}
+    assert (finished / "report.html").exists()
+
+
+def test_rows_hold_scores_that_agree_with_each_other(finished):
+    for row in read_rows(finished).to_dict("records"):
+        assert row["mean"] == pytest.approx(sum(score["value"] for score in row["tasks"]) / 3)
+        assert row["samples"] == 3 * 48
+        assert row["objective"] == row["normalized_mean"]
+        if row["study"] == "ties":
+            assert len(row["curve"]) == (2 if row["split"] == "val" else 1)
+            assert row["curve"][-1] == row["objective"]
+            assert 0 < row["storage_ratio"] < 1
+            assert row["seconds_total"] > 0 and row["peak_memory_bytes"] > 0
+
+
+def test_the_confirmed_candidate_is_the_best_on_validation_data(finished):
+    rows = read_rows(finished)
+    for study in ("task_arithmetic", "ties"):
+        of_study = rows[rows["study"] == study]
+        best = of_study[of_study["split"] == "val"]["objective"].max()
+        [confirmed] = of_study[of_study["split"] == "test"].to_dict("records")
+        same = of_study[(of_study["split"] == "val") & (of_study["parameters"] == confirmed["parameters"])]
+        assert same["objective"].item() == best
+
+
+def test_the_same_command_again_scores_nothing(world, finished):
+    before, board = ledger_files(finished), rank(read_rows(finished))
+    assert sweep(world) == finished
+    assert ledger_files(finished) == before
+    pd.testing.assert_frame_equal(rank(read_rows(finished)), board)
+
+
+def test_what_is_missing_is_scored_again_with_the_same_result(world, finished, tmp_path):
+    undisturbed = read_rows(finished).set_index("identity")
+    for path in sorted((finished / "trials").glob("*.parquet"))[::2]:
+        path.unlink()
+    sweep(world)
+    again = read_rows(finished).set_index("identity")
+    assert sorted(again.index) == sorted(undisturbed.index)
+    columns = ["parameters", "resolved", "objective", "mean", "status"]
+    pd.testing.assert_frame_equal(again[columns].sort_index(), undisturbed[columns].sort_index())
+
+
+def test_more_trials_add_to_the_same_ledger(world, finished):
+    before = set(ledger_files(finished))
+    sweep(world, studies={"task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5, 0.7]}}})
+    assert before < set(ledger_files(finished))
+    rows = read_rows(finished)
+    assert len(rows[(rows["study"] == "task_arithmetic") & (rows["split"] == "val")]) == 4
+
+
+def test_asha_stops_losers_and_says_so(world, ray_cluster):
+    study = {"method": "task_arithmetic", "searcher": "random", "scheduler": "asha", "trials": 10}
+    directory = sweep(world, name="asha", studies={"halved": study}, evaluation={"shards": 4, "batch_size": 16})
+    rows = read_rows(directory)
+    pruned = rows[rows["status"] == "pruned"]
+    assert len(pruned) > 0
+    assert (pruned["samples"] < 3 * 48).all()
+    assert all(len(curve) < 4 for curve in pruned["curve"])
+    kept = ledger_files(directory)
+    sweep(world, name="asha", studies={"halved": study}, evaluation={"shards": 4, "batch_size": 16})
+    assert ledger_files(directory) == kept
+
+
+def test_another_sweep_of_the_same_name_is_refused(world, finished):
+    with pytest.raises(LedgerError, match="holds a sweep over other data; choose another name"):
+        sweep(world, tasks=[{"name": name, "val_size": 20} for name in tiny.TASKS])
+
+
+def test_mistakes_are_found_before_ray_starts(world, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing.safetensors"):
+        sweep(world, name="broken", models={
+            "architecture": str(world / "models" / "config.json"),
+            "base": str(world / "models" / "nothing.safetensors"),
+            "finetuned": str(world / "models" / "{task}.safetensors"),
+        })  # fmt: skip
+    with pytest.raises(DataError, match="ants"):
+        sweep(world, name="broken", task_defaults={"parquet": str(world / "data" / "none" / "{task}.parquet")})
+
+
+def test_more_hosts_than_cores_are_refused(world, ray_cluster):
+    with pytest.raises(MergeRayError, match="3 hosts need 3 CPU cores; the cluster has 2"):
+        sweep(world, name="crowded", hosts={"count": 3})
+
+
+def test_a_directory_is_used_by_one_sweep_at_a_time(world, finished):
+    import fcntl
+
+    with (finished / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LedgerError, match="is in use by process"):
+            sweep(world)
+
+
+@ray.remote
+class StandIn:
+    """A host whose merges fail for one coefficient and whose process dies for another."""
+
+    def score(self, candidate, shard, references):
+        coefficient = candidate.parameters["scaling_coefficient"]
+        if coefficient == 0.2:
+            raise FloatingPointError("the merged model's logits on 'ants' are not finite")
+        if coefficient == 0.3:
+            import os
+
+            os._exit(1)
+        return {"objective": coefficient, "mean": coefficient, "normalized_mean": coefficient, "samples": 8}
+
+
+def run_stand_in(directory: Path, coefficients: list[float]) -> pd.DataFrame:
+    fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
+    template = Candidate.of("stand-in", "study", make_method("task_arithmetic", {}), 0, "val", fingerprints)
+    spec = StudySpec(
+        name="study", method="task_arithmetic", searcher="grid", space={"scaling_coefficient": coefficients}
+    )
+    study = Study(spec, template, ["ants"], 1, {}, 4)
+    pool = HostPool([StandIn.remote(), StandIn.remote()], [])
+    ledger = start_results_actor(directory, "stand-in/results")
+    run_studies([study], pool, ledger, {"ants": 1.0}, directory, lambda: None)
+    ray.kill(ledger)
+    return read_rows(directory)
+
+
+def test_a_failed_candidate_is_a_row_and_the_rest_goes_on(tmp_path, ray_cluster):
+    rows = run_stand_in(tmp_path, [0.1, 0.2, 0.4]).set_index("parameters")
+    by_value = {json.loads(text)["scaling_coefficient"]: row for text, row in rows.to_dict("index").items()}
+    assert {value: row["status"] for value, row in by_value.items()} == {0.1: "complete", 0.2: "failed", 0.4: "complete"}
+    assert by_value[0.2]["error"] == "FloatingPointError: the merged model's logits on 'ants' are not finite"
+
+
+def test_a_ledger_that_cannot_be_written_stops_the_sweep_with_the_reason(world, ray_cluster, monkeypatch):
+    directory = world / "results" / "full"
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "artifacts").mkdir(parents=True)
+    (directory / "trials").symlink_to("/proc/self/nowhere")
+    with pytest.raises((LedgerError, MergeRayError), match="cannot write"):
+        sweep(world, name="full")
