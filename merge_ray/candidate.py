@@ -39,9 +39,7 @@ class Candidate:
     fingerprints: Fingerprints
 
     @classmethod
-    def of(
-        cls, sweep: str, study: str, method: Method, seed: int, split: str, fingerprints: Fingerprints
-    ) -> Candidate:
+    def of(cls, sweep: str, study: str, method: Method, seed: int, split: str, fingerprints: Fingerprints) -> Candidate:
         """The candidate that scores ``method`` on ``split``."""
         return cls(sweep, study, method.name, method.parameters(), seed, split, fingerprints)
 

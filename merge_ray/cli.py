@@ -17,6 +17,7 @@ app = typer.Typer(
     name="merge-ray",
     help="Find the best way to merge a set of fine-tuned models.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -135,7 +136,9 @@ def export(
     results: Annotated[Path, typer.Argument(help="A results directory, such as results/quickstart.")],
     best: Annotated[bool, typer.Option("--best", help="The highest-ranked merge (the default).")] = False,
     study: Annotated[str | None, typer.Option(help="The confirmed merge of this study instead.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="A directory; by default RESULTS/export.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A directory; by default RESULTS/export.")
+    ] = None,
     format: Annotated[str, typer.Option(help="safetensors, huggingface or open_clip.")] = "safetensors",
 ) -> None:
     """Write a merged model of a sweep: the best one, or that of one study."""

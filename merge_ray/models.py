@@ -18,9 +18,7 @@ from merge_ray.spec import ModelsSpec
 from merge_ray.tasks import Task, cache_directory
 
 
-def load_bank(
-    models: ModelsSpec, tasks: Sequence[str], progress: Progress
-) -> tuple[ModelBank, dict[str, Tensor]]:
+def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> tuple[ModelBank, dict[str, Tensor]]:
     """Read the base and the fine-tuned models; returns the bank and the base's state dict in native names.
 
     One fine-tuned model is in memory at a time. Raises :class:`CheckpointError` naming the file or the tensors.

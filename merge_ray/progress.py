@@ -68,7 +68,9 @@ class Progress:
     @contextmanager
     def studies(self, studies: Sequence[Study]) -> Iterator[Callable[[], None]]:
         """One bar a study: yields what redraws them from the studies' outcomes."""
-        bars = {study.spec.name: self._bars.add_task(study.spec.name, total=study.spec.trials, note="") for study in studies}
+        bars = {
+            study.spec.name: self._bars.add_task(study.spec.name, total=study.spec.trials, note="") for study in studies
+        }
         shown: set[str] = set()
 
         def update() -> None:

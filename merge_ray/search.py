@@ -20,7 +20,6 @@ import optuna
 from merge_ray.space import Choice, Float, Int, PerTask, Space
 
 
-
 @dataclass(frozen=True)
 class Outcome:
     """What a candidate scored: its objective (None if it failed) and the objective after every shard."""
@@ -37,6 +36,7 @@ class Proposer(ABC):
     def ask(self) -> dict[str, Any] | None:
         """The next parameters."""
 
+    @abstractmethod
     def tell(self, outcome: Outcome) -> None:
         """Take the outcome of the oldest proposal that has not been answered yet."""
 
@@ -49,6 +49,9 @@ class ListProposer(Proposer):
 
     def ask(self) -> dict[str, Any] | None:
         return next(self._proposals, None)
+
+    def tell(self, outcome: Outcome) -> None:
+        """Nothing is learnt from it."""
 
 
 class OptunaProposer(Proposer):
@@ -139,9 +142,7 @@ def _sampler(searcher: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(n_startup_trials=5, seed=seed, multivariate=True, constant_liar=True)
 
 
-def halving_cutoffs(
-    told: Sequence[Outcome], shards: int, reduction_factor: int, grace_shards: int
-) -> dict[int, float]:
+def halving_cutoffs(told: Sequence[Outcome], shards: int, reduction_factor: int, grace_shards: int) -> dict[int, float]:
     """The objective that a new candidate must reach after each rung's shards to go on.
 
     Successive halving (Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020) with one change:

@@ -80,9 +80,7 @@ class Choice(Space):
 
     def contains(self, value: Any) -> bool:
         # 1 == 1.0 == True in Python; an option must also agree in kind, integers standing for reals.
-        return any(
-            value == option and isinstance(value, bool) == isinstance(option, bool) for option in self.options
-        )
+        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in self.options)
 
     def grid(self) -> list[Any]:
         return list(self.options)

@@ -13,7 +13,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from merge_ray.errors import ParameterError, SpecError, choose_from
+from merge_ray.errors import SpecError, choose_from
 from merge_ray.families import Family, find_family
 from merge_ray.methods.base import check_parameter, find_method, parameter_fields
 from merge_ray.space import Choice, Float, Int, PerTask, Space
@@ -76,7 +76,9 @@ class EvaluationSpec(Strict):
     @classmethod
     def _never_test(cls, value: str) -> str:
         if value == "test":
-            raise ValueError("selecting on the test split would overstate every result; candidates are selected on 'val'")
+            raise ValueError(
+                "selecting on the test split would overstate every result; candidates are selected on 'val'"
+            )
         if value != "val":
             raise ValueError(choose_from(value, ["val"]))
         return value
@@ -223,11 +225,14 @@ class SweepSpec(Strict):
             if isinstance(given, str) and len(names) > 1 and "{task}" not in given:
                 problems.append(f"models.{field}: {given!r} must hold {{task}}, or be a mapping of task to location")
         for study in self.studies.values():
-            problems += [f"studies.{study.name}.parameters.{name}: given for {sorted(value)}, but the tasks are {sorted(names)}"
-                         for name, value in study.parameters.items() if isinstance(value, Mapping) and set(value) != set(names)]
-        objectives = objective_names(names)
-        if self.evaluation.objective not in objectives:
-            problems.append(f"evaluation.objective: {self.evaluation.objective!r}; {choose_from(self.evaluation.objective, objectives)}")
+            problems += [
+                f"studies.{study.name}.parameters.{name}: given for {sorted(value)}, but the tasks are {sorted(names)}"
+                for name, value in study.parameters.items()
+                if isinstance(value, Mapping) and set(value) != set(names)
+            ]
+        objective, objectives = self.evaluation.objective, objective_names(names)
+        if objective not in objectives:
+            problems.append(f"evaluation.objective: {objective!r}; {choose_from(objective, objectives)}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -290,7 +295,9 @@ def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         studies = dict.fromkeys(studies)
     if isinstance(studies, Mapping) and isinstance(search, Mapping):
         spread["studies"] = {
-            name: {**search, "method": name, **(study or {}), "name": name} if isinstance(study, (Mapping, type(None))) else study
+            name: {**search, "method": name, **(study or {}), "name": name}
+            if isinstance(study, (Mapping, type(None)))
+            else study
             for name, study in studies.items()
         }
     if isinstance(spread.get("tasks"), list) and defaults:
@@ -311,7 +318,9 @@ def _with_task_defaults(task: Any, defaults: Mapping[str, Any]) -> Any:
     if not isinstance(task, Mapping):
         return task
     name = str(task.get("name", ""))
-    filled = {key: value.replace("{task}", name) if isinstance(value, str) else value for key, value in defaults.items()}
+    filled = {
+        key: value.replace("{task}", name) if isinstance(value, str) else value for key, value in defaults.items()
+    }
     if set(task) & set(SOURCES):
         filled = {key: value for key, value in filled.items() if key not in SOURCES}
     return {**filled, **task}
@@ -348,11 +357,11 @@ def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) ->
     """``raw`` as a ``model``; raises :class:`SpecError` that lists every mistake with its place."""
     try:
         return model.model_validate(raw)
-    except ParameterError as error:
-        raise SpecError(f"{source}: {error}") from None
     except pydantic.ValidationError as invalid:
         mistakes = [_describe(model, error) for error in invalid.errors()]
-        raise SpecError(f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)) from None
+        raise SpecError(
+            f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)
+        ) from None
 
 
 def _describe(model: type[BaseModel], error: Any) -> str:

@@ -20,8 +20,9 @@ from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
-from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.cluster.ledger import record, start_results_actor
 from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
 from merge_ray.evaluate import ORDER_SEED
@@ -51,7 +52,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
         rows = _open_ledger(spec, fingerprints, retry_failed)
-        with _ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
+        with ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
             sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
             references = sweep.score_references()
             sweep.search(references)
@@ -118,7 +119,7 @@ class _Sweep:
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
                 if keep_artifacts and (arrays := ray.get(host.artifacts.remote(candidate))):
                     row["artifacts"] = [ray.get(self.ledger.keep.remote(candidate.identity, arrays))]
-            ray.get(self.ledger.record.remote(row))
+            record(self.ledger, row)
             self.rows[candidate.identity] = row
 
     def _scores(self, candidate: Candidate) -> dict[str, float]:
@@ -131,9 +132,7 @@ class _Sweep:
             raise DataError(f"the fine-tuned models of {zeros} score 0 on {candidate.split}: do head and labels fit?")
         return scores
 
-    def _candidate(
-        self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None
-    ) -> Candidate:
+    def _candidate(self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None) -> Candidate:
         made = make_method(method, parameters or {})
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints)
 
@@ -151,7 +150,9 @@ def _own_directory(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise LedgerError(f"{directory} is in use by process {lock.read().strip()}; wait for it or end it") from None
+            raise LedgerError(
+                f"{directory} is in use by process {lock.read().strip()}; wait for it or end it"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -173,7 +174,9 @@ def _prepare_data(
         cached = {}
         for split in ("train", "val", "test") if "train" in task.splits else ("val", "test"):
             with progress.counted(f"decode {task.name} {split}") as update:
-                cached[split] = task.cached(split, preprocessing.size, preprocessing.interpolation, cache_directory(), update)
+                cached[split] = task.cached(
+                    split, preprocessing.size, preprocessing.interpolation, cache_directory(), update
+                )
         for split in fingerprints:
             fingerprints[split][task.name] = cached[split].fingerprint
         for first, second in (("train", "test"), ("val", "test"), ("train", "val")):
@@ -188,7 +191,9 @@ def _fingerprints(
     head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
     hashed_heads = fingerprint_of(head_parts)
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude={"batch_size"})}
-    return Fingerprints(bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol))
+    return Fingerprints(
+        bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)
+    )
 
 
 def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
@@ -213,22 +218,8 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool
 def _rows_by_identity(directory: Path) -> Rows:
     if not any((directory / "trials").glob("*.parquet")):
         return {}
-    return {row["identity"]: row for row in read_rows(directory).to_dict("records")}
-
-
-@contextmanager
-def _ray_session(progress: Progress) -> Iterator[None]:
-    """Join the running cluster, or start Ray on this machine; what was started is ended."""
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    with progress.step("start Ray"):
-        joined = ray.is_initialized()
-        if not joined:
-            ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        yield
-    finally:
-        if not joined:
-            ray.shutdown()
+    records: list[Any] = read_rows(directory).to_dict("records")
+    return {row["identity"]: row for row in records}
 
 
 @contextmanager
@@ -251,7 +242,9 @@ def _start_actors(
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
-    pool = HostPool.start(name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()})
+    pool = HostPool.start(
+        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
+    )
     ledger = start_results_actor(spec.directory, f"{name}/results")
     try:
         with progress.step("load the models into the hosts"):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from merge_ray.checkpoints import read_weights
 from merge_ray.errors import CheckpointError, MergeRayError, SpecError
-from merge_ray.families import find_family
 from merge_ray.finetune import (
     FinetuneSpec,
     Recipe,
@@ -83,10 +82,10 @@ def kill_at(step: int) -> Any:
     return progress
 
 
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 0) -> None:
     assert set(first) == set(second)
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=0, rtol=0)
+        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -153,7 +152,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 def test_training_that_diverges_says_where(tmp_path: Path) -> None:
     module = nn.Linear(2, 1)
     trainer = Trainer(module, Recipe(steps=3), 3, tmp_path / "digits.safetensors", "a", checkpoint_every=2)
-    with pytest.raises(MergeRayError, match="digits: training diverged at step 1 .* a learning_rate below 1e-05"):
+    with pytest.raises(MergeRayError, match=r"digits: training diverged at step 1 .* a learning_rate below 1e-05"):
         list(trainer.run(lambda step: module(torch.ones(1, 2)).sum() * (math.inf if step else 1)))
 
 
@@ -271,8 +270,9 @@ def test_tasks_are_fine_tuned_on_ray(world: Path, ray_cluster: Any, monkeypatch:
     spec = make_spec(world, "ray")
     table = run_finetune(spec, 1, Progress(Console(quiet=True)))
     assert [column.header for column in table.columns] == ["task", "steps", "base", "fine-tuned", "seconds"]
+    # Another number of threads adds up in another order.
     for name in expected:
-        assert_same(read_weights(spec.output / f"{name}.safetensors"), expected[name])
+        assert_same(read_weights(spec.output / f"{name}.safetensors"), expected[name], tolerance=1e-4)
 
 
 @pytest.mark.ray
@@ -283,10 +283,9 @@ def test_two_workers_share_a_task(world: Path, ray_cluster: Any, monkeypatch: py
     expected = run(make_spec(world, "alone"), world / "cache")
     spec = make_spec(world, "shared")
     run_finetune(spec, 2, Progress(Console(quiet=True)))
+    # AdamW makes much of a gradient's rounding where the gradient is nearly zero.
     for name in TASKS:
-        weights = read_weights(spec.output / f"{name}.safetensors")
-        for key, tensor in expected[name].items():
-            torch.testing.assert_close(weights[key], tensor, atol=1e-4, rtol=1e-3)
+        assert_same(read_weights(spec.output / f"{name}.safetensors"), expected[name], tolerance=1e-3)
 
 
 @pytest.mark.ray

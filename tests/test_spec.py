@@ -1,43 +1,46 @@
 """A spec says all its mistakes at once, each with its place, the value, the valid set and the nearest match."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from merge_ray.errors import SpecError
 from merge_ray.space import Choice, Float, Int, PerTask
-from merge_ray.spec import load_sweeps
+from merge_ray.spec import SweepSpec, load_sweeps
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
-VALID = {
+MODELS = {"architecture": "ViT-B-32", "base": "base.pt", "finetuned": "{task}.pt"}
+VALID: dict[str, Any] = {
     "name": "small",
-    "models": {"architecture": "ViT-B-32", "base": "base.pt", "finetuned": "{task}.pt"},
+    "models": MODELS,
     "tasks": ["digits", "letters"],
     "studies": {"ties": None},
 }
 
 
-def load(tmp_path, overrides=(), **changes):
+def load(tmp_path: Path, overrides: Sequence[str] = (), **changes: Any) -> list[SweepSpec]:
     path = tmp_path / "spec.yaml"
-    path.write_text(yaml.safe_dump({**VALID, **changes}))
+    path.write_text(yaml.safe_dump({**VALID, **changes}, sort_keys=False))
     return load_sweeps(path, overrides)
 
 
-def mistakes(tmp_path, overrides=(), **changes):
+def mistakes(tmp_path: Path, overrides: Sequence[str] = (), **changes: Any) -> str:
     with pytest.raises(SpecError) as caught:
         load(tmp_path, overrides, **changes)
     return str(caught.value)
 
 
-def test_every_shipped_sweep_is_valid():
+def test_every_shipped_sweep_is_valid() -> None:
     files = [path for path in SWEEPS.glob("*.yaml") if "studies" in path.read_text()]
     assert files
     for path in files:
         assert load_sweeps(path)
 
 
-def test_search_gives_every_study_its_defaults(tmp_path):
+def test_search_gives_every_study_its_defaults(tmp_path: Path) -> None:
     studies = {"ties": None, "mine": {"method": "task_arithmetic", "trials": 3}}
     [spec] = load(tmp_path, search={"searcher": "random", "trials": 7}, studies=studies)
     assert [(study.method, study.searcher, study.trials) for study in spec.studies.values()] == [
@@ -46,7 +49,7 @@ def test_search_gives_every_study_its_defaults(tmp_path):
     ]
 
 
-def test_spaces_in_yaml(tmp_path):
+def test_spaces_in_yaml(tmp_path: Path) -> None:
     space = {
         "density": {"low": 0, "high": 1, "points": 3},
         "disjoint": ["mean", "sum"],
@@ -60,23 +63,23 @@ def test_spaces_in_yaml(tmp_path):
     }
 
 
-def test_a_range_of_an_integer_parameter_holds_integers(tmp_path):
+def test_a_range_of_an_integer_parameter_holds_integers(tmp_path: Path) -> None:
     [spec] = load(tmp_path, studies={"consensus": {"space": {"min_tasks": {"low": 1, "high": 3}}}})
     assert spec.studies["consensus"].search_space()["min_tasks"] == Int(1, 3)
 
 
-def test_a_space_per_task(tmp_path):
+def test_a_space_per_task(tmp_path: Path) -> None:
     space = {"scaling_coefficient": {"per_task": {"low": 0.0, "high": 1.0}}}
     [spec] = load(tmp_path, studies={"task_arithmetic": {"searcher": "cmaes", "space": space}})
     assert spec.studies["task_arithmetic"].search_space()["scaling_coefficient"] == PerTask(Float(0.0, 1.0))
 
 
-def test_a_fixed_parameter_is_not_searched(tmp_path):
+def test_a_fixed_parameter_is_not_searched(tmp_path: Path) -> None:
     [spec] = load(tmp_path, studies={"ties": {"parameters": {"density": 0.2}}})
     assert "density" not in spec.studies["ties"].search_space()
 
 
-def test_all_mistakes_are_reported_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = mistakes(
         tmp_path,
         tasks=["digits", "leters"],
@@ -98,39 +101,46 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ({"studies": {"ties": {"space": {"density": [0.1, 7]}}}}, "density=7 is not in"),
         ({"studies": {"ties": {"space": {"density": {"low": 3, "high": 1}}}}}, "low not above high"),
         ({"studies": {"ties": {"parameters": {"density": 0.2}, "space": {"density": [0.1]}}}}, "both fixed"),
-        ({"studies": {"ties": {"searcher": "cmaes"}}}, "cmaes searches numbers only"),
+        (
+            {"studies": {"ties": {"searcher": "cmaes", "space": {"disjoint": ["mean", "sum"]}}}},
+            "cmaes searches numbers only",
+        ),
         ({"studies": {"ties": {"trials": None}}}, "a search needs a budget"),
         ({"evaluation": {"select_on": "test"}}, "selecting on the test split would overstate every result"),
         ({"evaluation": {"objective": "normalised_mean"}}, "did you mean 'normalized_mean'?"),
         ({"tasks": ["digits", "digits"]}, "named twice: digits"),
         ({"name": "a/b"}, "a name is made of letters"),
-        ({"models": {**VALID["models"], "finetuned": "x.pt"}}, "must hold {task}"),
-        ({"models": {**VALID["models"], "finetuned": {"digits": "x.pt"}}}, "given for ['digits'], but the tasks are"),
-        ({"models": {**VALID["models"], "family": "clap"}}, "unknown family 'clap'; did you mean 'clip'?"),
+        ({"models": {**MODELS, "finetuned": "x.pt"}}, "must hold {task}"),
+        ({"models": {**MODELS, "finetuned": {"digits": "x.pt"}}}, "given for ['digits'], but the tasks are"),
+        ({"models": {**MODELS, "family": "clap"}}, "unknown family 'clap'; did you mean 'clip'?"),
         ({"num_tasks": 9, "tasks": None}, "Valid: '14', '20', '8'"),
     ],
 )
-def test_mistakes(tmp_path, changes, said):
+def test_mistakes(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     assert said in mistakes(tmp_path, **changes)
 
 
-def test_overrides_replace_values(tmp_path):
+def test_overrides_replace_values(tmp_path: Path) -> None:
     [spec] = load(tmp_path, ["search.trials=3", "evaluation.shards=2", "name=other"])
     assert (spec.name, spec.studies["ties"].trials, spec.evaluation.shards) == ("other", 3, 2)
 
 
-def test_an_override_without_a_value_is_told_so(tmp_path):
+def test_an_override_without_a_value_is_told_so(tmp_path: Path) -> None:
     assert "--set name: write key.inner=value" in mistakes(tmp_path, ["name"])
 
 
-def test_num_tasks_makes_one_sweep_a_list(tmp_path):
+def test_num_tasks_makes_one_sweep_a_list(tmp_path: Path) -> None:
     folder = {"RESISC45": {"image_folder": "data/RESISC45"}}
     sweeps = load(tmp_path, name="papers_{num_tasks}", num_tasks=[8, 14, 20], tasks=folder)
-    assert [(sweep.name, len(sweep.tasks)) for sweep in sweeps] == [("papers_8", 8), ("papers_14", 14), ("papers_20", 20)]
+    assert [(sweep.name, len(sweep.tasks)) for sweep in sweeps] == [
+        ("papers_8", 8),
+        ("papers_14", 14),
+        ("papers_20", 20),
+    ]
     assert sweeps[0].task_names[:3] == ["SUN397", "Cars", "RESISC45"]
 
 
-def test_task_defaults_fill_in_the_tasks(tmp_path):
+def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
     defaults = {"parquet": "data/{task}/{split}.parquet", "val_size": 5}
     [spec] = load(tmp_path, tasks=["one", {"name": "two", "val_size": 7}], task_defaults=defaults)
     assert [(task.parquet, task.val_size) for task in spec.tasks] == [
@@ -139,7 +149,7 @@ def test_task_defaults_fill_in_the_tasks(tmp_path):
     ]
 
 
-def test_broken_yaml_and_missing_files(tmp_path):
+def test_broken_yaml_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
     with pytest.raises(SpecError, match="is not YAML"):

@@ -1,8 +1,8 @@
 """A sweep on a small cluster: what it writes, what it does again, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     tiny.write_world(folder)
     return folder
 
 
-def sweep(folder: Path, **changes) -> Path:
+def sweep(folder: Path, **changes: Any) -> Path:
     [spec] = load_sweeps(tiny.write_spec(folder, **changes))
     return run_sweep(spec, Progress())
 
@@ -41,20 +41,25 @@ def ledger_files(directory: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(world, ray_cluster) -> Path:
+def finished(world: Path, ray_cluster: dict[str, Any]) -> Path:
     return sweep(world)
 
 
-def test_a_sweep_leaves_a_row_for_every_candidate_and_a_confirmed_leaderboard(finished):
+def test_a_sweep_leaves_a_row_for_every_candidate_and_a_confirmed_leaderboard(finished: Path) -> None:
     rows = read_rows(finished)
     validation = rows[(rows["split"] == "val") & (rows["status"] == "complete")]
-    assert validation.groupby("study").size().to_dict() == {"finetuned": 1, "pretrained": 1, "task_arithmetic": 3, "ties": 4}
+    assert validation.groupby("study").size().to_dict() == {
+        "finetuned": 1,
+        "pretrained": 1,
+        "task_arithmetic": 3,
+        "ties": 4,
+    }
     board = pd.read_parquet(finished / "leaderboard.parquet")
     assert set(board["study"]) == {"pretrained", "finetuned", "task_arithmetic", "ties"}
     assert (finished / "report.html").exists()
 
 
-def test_rows_hold_scores_that_agree_with_each_other(finished):
+def test_rows_hold_scores_that_agree_with_each_other(finished: Path) -> None:
     for row in read_rows(finished).to_dict("records"):
         assert row["mean"] == pytest.approx(sum(score["value"] for score in row["tasks"]) / 3)
         assert row["samples"] == 3 * 48
@@ -66,7 +71,7 @@ def test_rows_hold_scores_that_agree_with_each_other(finished):
             assert row["seconds_total"] > 0 and row["peak_memory_bytes"] > 0
 
 
-def test_the_confirmed_candidate_is_the_best_on_validation_data(finished):
+def test_the_confirmed_candidate_is_the_best_on_validation_data(finished: Path) -> None:
     rows = read_rows(finished)
     for study in ("task_arithmetic", "ties"):
         of_study = rows[rows["study"] == study]
@@ -76,14 +81,14 @@ def test_the_confirmed_candidate_is_the_best_on_validation_data(finished):
         assert same["objective"].item() == best
 
 
-def test_the_same_command_again_scores_nothing(world, finished):
+def test_the_same_command_again_scores_nothing(world: Path, finished: Path) -> None:
     before, board = ledger_files(finished), rank(read_rows(finished))
     assert sweep(world) == finished
     assert ledger_files(finished) == before
     pd.testing.assert_frame_equal(rank(read_rows(finished)), board)
 
 
-def test_what_is_missing_is_scored_again_with_the_same_result(world, finished, tmp_path):
+def test_what_is_missing_is_scored_again_with_the_same_result(world: Path, finished: Path) -> None:
     undisturbed = read_rows(finished).set_index("identity")
     for path in sorted((finished / "trials").glob("*.parquet"))[::2]:
         path.unlink()
@@ -94,15 +99,17 @@ def test_what_is_missing_is_scored_again_with_the_same_result(world, finished, t
     pd.testing.assert_frame_equal(again[columns].sort_index(), undisturbed[columns].sort_index())
 
 
-def test_more_trials_add_to_the_same_ledger(world, finished):
+def test_more_trials_add_to_the_same_ledger(world: Path, finished: Path) -> None:
     before = set(ledger_files(finished))
-    sweep(world, studies={"task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5, 0.7]}}})
+    sweep(
+        world, studies={"task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5, 0.7]}}}
+    )
     assert before < set(ledger_files(finished))
     rows = read_rows(finished)
     assert len(rows[(rows["study"] == "task_arithmetic") & (rows["split"] == "val")]) == 4
 
 
-def test_asha_stops_losers_and_says_so(world, ray_cluster):
+def test_asha_stops_losers_and_says_so(world: Path, ray_cluster: dict[str, Any]) -> None:
     study = {"method": "task_arithmetic", "searcher": "random", "scheduler": "asha", "trials": 10}
     directory = sweep(world, name="asha", studies={"halved": study}, evaluation={"shards": 4, "batch_size": 16})
     rows = read_rows(directory)
@@ -115,13 +122,13 @@ def test_asha_stops_losers_and_says_so(world, ray_cluster):
     assert ledger_files(directory) == kept
 
 
-def test_another_sweep_of_the_same_name_is_refused(world, finished):
+def test_another_sweep_of_the_same_name_is_refused(world: Path, finished: Path) -> None:
     with pytest.raises(LedgerError, match="holds a sweep over other data; choose another name"):
         sweep(world, tasks=[{"name": name, "val_size": 20} for name in tiny.TASKS])
 
 
-def test_mistakes_are_found_before_ray_starts(world, tmp_path):
-    with pytest.raises(CheckpointError, match="nothing.safetensors"):
+def test_mistakes_are_found_before_ray_starts(world: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.safetensors"):
         sweep(world, name="broken", models={
             "architecture": str(world / "models" / "config.json"),
             "base": str(world / "models" / "nothing.safetensors"),
@@ -131,12 +138,12 @@ def test_mistakes_are_found_before_ray_starts(world, tmp_path):
         sweep(world, name="broken", task_defaults={"parquet": str(world / "data" / "none" / "{task}.parquet")})
 
 
-def test_more_hosts_than_cores_are_refused(world, ray_cluster):
+def test_more_hosts_than_cores_are_refused(world: Path, ray_cluster: dict[str, Any]) -> None:
     with pytest.raises(MergeRayError, match="3 hosts need 3 CPU cores; the cluster has 2"):
         sweep(world, name="crowded", hosts={"count": 3})
 
 
-def test_a_directory_is_used_by_one_sweep_at_a_time(world, finished):
+def test_a_directory_is_used_by_one_sweep_at_a_time(world: Path, finished: Path) -> None:
     import fcntl
 
     with (finished / ".lock").open() as lock:
@@ -147,44 +154,46 @@ def test_a_directory_is_used_by_one_sweep_at_a_time(world, finished):
 
 @ray.remote
 class StandIn:
-    """A host whose merges fail for one coefficient and whose process dies for another."""
+    """A host whose merges fail for one coefficient, and that makes the ledger unwritable for another."""
 
-    def score(self, candidate, shard, references):
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def score(self, candidate: Candidate, shard: int, references: dict[str, float]) -> dict[str, Any]:
         coefficient = candidate.parameters["scaling_coefficient"]
         if coefficient == 0.2:
             raise FloatingPointError("the merged model's logits on 'ants' are not finite")
-        if coefficient == 0.3:
-            import os
-
-            os._exit(1)
+        if coefficient == 0.9:
+            (self.directory / "trials").rename(self.directory / "elsewhere")
         return {"objective": coefficient, "mean": coefficient, "normalized_mean": coefficient, "samples": 8}
 
 
-def run_stand_in(directory: Path, coefficients: list[float]) -> pd.DataFrame:
+def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
     template = Candidate.of("stand-in", "study", make_method("task_arithmetic", {}), 0, "val", fingerprints)
-    spec = StudySpec(
-        name="study", method="task_arithmetic", searcher="grid", space={"scaling_coefficient": coefficients}
-    )
+    space = {"scaling_coefficient": coefficients}
+    spec = StudySpec(name="study", method="task_arithmetic", searcher="grid", space=space)
     study = Study(spec, template, ["ants"], 1, {}, 4)
-    pool = HostPool([StandIn.remote(), StandIn.remote()], [])
-    ledger = start_results_actor(directory, "stand-in/results")
-    run_studies([study], pool, ledger, {"ants": 1.0}, directory, lambda: None)
-    ray.kill(ledger)
-    return read_rows(directory)
+    host = StandIn.remote(directory)  # type: ignore[attr-defined]
+    pool = HostPool([host], [])
+    ledger = start_results_actor(directory, f"{directory.name}/results")
+    try:
+        run_studies([study], pool, ledger, {"ants": 1.0}, directory, lambda: None)
+    finally:
+        pool.close()
+        ray.kill(ledger)
 
 
-def test_a_failed_candidate_is_a_row_and_the_rest_goes_on(tmp_path, ray_cluster):
-    rows = run_stand_in(tmp_path, [0.1, 0.2, 0.4]).set_index("parameters")
-    by_value = {json.loads(text)["scaling_coefficient"]: row for text, row in rows.to_dict("index").items()}
-    assert {value: row["status"] for value, row in by_value.items()} == {0.1: "complete", 0.2: "failed", 0.4: "complete"}
-    assert by_value[0.2]["error"] == "FloatingPointError: the merged model's logits on 'ants' are not finite"
+def test_a_failed_candidate_is_a_row_and_the_rest_goes_on(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    run_stand_in(tmp_path, [0.1, 0.2, 0.4])
+    rows = {json.loads(row["parameters"])["scaling_coefficient"]: row for row in read_rows(tmp_path).to_dict("records")}
+    assert {value: row["status"] for value, row in rows.items()} == {0.1: "complete", 0.2: "failed", 0.4: "complete"}
+    assert rows[0.2]["error"] == "FloatingPointError: the merged model's logits on 'ants' are not finite"
 
 
-def test_a_ledger_that_cannot_be_written_stops_the_sweep_with_the_reason(world, ray_cluster, monkeypatch):
-    directory = world / "results" / "full"
-    shutil.rmtree(directory, ignore_errors=True)
-    (directory / "artifacts").mkdir(parents=True)
-    (directory / "trials").symlink_to("/proc/self/nowhere")
-    with pytest.raises((LedgerError, MergeRayError), match="cannot write"):
-        sweep(world, name="full")
+def test_a_ledger_that_cannot_be_written_stops_the_sweep_with_the_reason(
+    tmp_path: Path, ray_cluster: dict[str, Any]
+) -> None:
+    with pytest.raises(LedgerError, match=r"cannot write .*run the same command again to go on"):
+        run_stand_in(tmp_path, [0.1, 0.9, 0.3, 0.4])
+    assert len(list((tmp_path / "elsewhere").glob("*.parquet"))) == 1

@@ -76,9 +76,7 @@ class ModelHost:
             data[spec.name] = TaskData(cached, torch.from_numpy(self.setup.heads[spec.name].copy()), self.device, limit)
         return data
 
-    def score(
-        self, candidate: Candidate, shard: int | None, references: Mapping[str, float] | None
-    ) -> dict[str, Any]:
+    def score(self, candidate: Candidate, shard: int | None, references: Mapping[str, float] | None) -> dict[str, Any]:
         """Score a candidate through ``shard`` (whole, without one) and report the ledger's columns so far.
 
         references: the fine-tuned models' scores that normalised scores divide by, or None while they are
@@ -138,7 +136,7 @@ class ModelHost:
         self.candidate = candidate.identity
 
     def _forget(self) -> None:
-        self.candidate: str | None = None
+        self.candidate = ""
         self.answers: list[dict[str, np.ndarray]] = []
         self.seconds_evaluate = 0.0
 

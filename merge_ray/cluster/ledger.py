@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from merge_ray.cluster.errors import cause
 from merge_ray.errors import LedgerError
 from merge_ray.leaderboard.rows import ROW_SCHEMA
 
@@ -33,7 +35,9 @@ class ResultsActor:
     def record(self, row: Mapping[str, Any]) -> str:
         """Make ``row`` durable and return its identity; raises :class:`LedgerError` if it cannot be written."""
         table = pa.Table.from_pylist([dict(row)], schema=ROW_SCHEMA)
-        write_durably(self.directory / "trials" / f"{row['identity']}.parquet", lambda file: pq.write_table(table, file))
+        write_durably(
+            self.directory / "trials" / f"{row['identity']}.parquet", lambda file: pq.write_table(table, file)
+        )
         return str(row["identity"])
 
     def keep(self, identity: str, arrays: Mapping[str, np.ndarray]) -> str:
@@ -52,6 +56,14 @@ def start_results_actor(directory: Path, name: str) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ResultsActor.options(name=name, scheduling_strategy=here)  # type: ignore[attr-defined]
     return options.remote(str(directory.resolve()))
+
+
+def record(ledger: Any, row: Mapping[str, Any]) -> None:
+    """Have the :class:`ResultsActor` make a row durable; raises :class:`LedgerError` if it cannot."""
+    try:
+        ray.get(ledger.record.remote(row))
+    except RayError as error:
+        raise LedgerError(cause(error)) from None
 
 
 def write_durably(path: Path, write: Callable[[Any], object]) -> None:
@@ -73,4 +85,6 @@ def write_durably(path: Path, write: Callable[[Any], object]) -> None:
             os.close(folder)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise LedgerError(f"cannot write {path}: {error.strerror or error}; run the same command again to go on") from None
+        raise LedgerError(
+            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
+        ) from None

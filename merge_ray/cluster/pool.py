@@ -47,7 +47,9 @@ class HostPool:
         device = ("cuda" if gpus else "cpu") if wanted.device == "auto" else wanted.device
         slots = gpus if device == "cuda" else cpus
         if slots == 0:
-            raise MergeRayError(f"hosts.device: {wanted.device!r} is asked for, but the cluster has {gpus} GPUs and {cpus} CPUs")
+            raise MergeRayError(
+                f"hosts.device: {wanted.device!r} is asked for, but the cluster has {gpus} GPUs and {cpus} CPUs"
+            )
         count = wanted.count or (gpus if device == "cuda" else min(cpus, MOST_CPU_HOSTS))
         threads = wanted.threads or max(1, cpus // count)
         needed = count if device == "cuda" else count * threads
@@ -95,7 +97,8 @@ class HostPool:
 
         references: ``{split: {task: score}}`` of the fine-tuned models, or None while they are being scored.
         """
-        waiting, running = list(candidates), {}
+        waiting = list(candidates)
+        running: dict[ray.ObjectRef, tuple[Candidate, int]] = {}
         while waiting or running:
             while waiting and (index := self.lease()) is not None:
                 candidate = waiting.pop(0)

@@ -33,6 +33,7 @@ from merge_ray.tasks import cache_directory
 
 REPORT_EVERY = 0.5
 """Seconds between a job's reports of progress, and between looks at them."""
+BASE_JOB = "base"
 RETRIES = 2
 """How often a job whose process died goes on from its last checkpoint."""
 
@@ -68,6 +69,41 @@ class Devices:
         return {"num_cpus": self.threads, "num_gpus": 1 if self.kind == "cuda" else 0}
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every worker of a run is told."""
+
+    spec: FinetuneSpec
+    cache: Path
+    devices: Devices
+    board: Any
+    directory: Path
+
+    def enter(self, threads: int) -> None:
+        """Make this process fit to work: its threads, and the directory that relative paths start from."""
+        torch.set_num_threads(threads)
+        if self.directory.is_dir():
+            os.chdir(self.directory)
+
+    def reporter(self, name: str) -> Callable[[int, int], None]:
+        """A progress callback that writes to the board now and then, and at the end."""
+        last = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= REPORT_EVERY:
+                last = now
+                self.board.write.remote(name, done, total)
+
+        return report
+
+    def read_board(self) -> dict[str, tuple[int, int]]:
+        """How far the jobs are, by name: steps done and in all."""
+        counts: dict[str, tuple[int, int]] = _get(self.board.read.remote(), "watching the progress")
+        return counts
+
+
 @ray.remote(num_cpus=0)
 class _Board:
     """Where running jobs write how far they are."""
@@ -92,7 +128,6 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
     Raises :class:`MergeRayError` for anything wrong with the data, the base or the output, before Ray starts
     where that can be known.
     """
-    # Workers start in directories of their own.
     spec = spec.model_copy(update={"output": spec.output.expanduser().absolute()})
     cache = cache_directory().absolute()
     spec.output.mkdir(parents=True, exist_ok=True)
@@ -103,12 +138,12 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
             make_base(spec, cache)
     with _ray_session(progress):
         devices = Devices.share(spec.device, len(spec.tasks), workers_per_task)
-        board = _Board.remote()  # type: ignore[attr-defined]
+        job = _Job(spec, cache, devices, _Board.remote(), Path.cwd())  # type: ignore[attr-defined]
         if spec.pretrain is not None:
             with progress.counted("pre-train the base") as update:
-                _pretrain(spec, cache, devices, board, update)
+                _pretrain(job, update)
         with progress.counted(f"fine-tune {len(spec.tasks)} tasks") as update:
-            results = _finetune_all(spec, cache, devices, board, update)
+            results = _finetune_all(job, update)
     write_results(spec, results)
     return results_table(spec, results)
 
@@ -125,91 +160,77 @@ def results_table(spec: FinetuneSpec, results: list[TaskResult]) -> Table:
     return table
 
 
-def _pretrain(spec: FinetuneSpec, cache: Path, devices: Devices, board: Any, update: Callable[..., None]) -> None:
-    """Pre-train on one device: a GPU, or as many cores as the task's workers would have on one node."""
-    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
-    threads = 1 if devices.kind == "cuda" else most
-    resources = {"num_cpus": threads, "num_gpus": 1 if devices.kind == "cuda" else 0}
-    job = _run_pretraining.options(name="pretrain", **resources).remote(spec, cache, devices.kind, threads, board)
-    _wait([job], 1, board, ["base"], update)
-    _get(job, "pre-training")
+def _pretrain(job: _Job, update: Callable[..., None]) -> None:
+    """Pre-train on one GPU, or on all cores of the largest node."""
+    if job.devices.kind == "cuda":
+        threads, gpus = 1, 1
+    else:
+        threads, gpus = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])), 0
+    start = _run_pretraining.options(name="pretrain", num_cpus=threads, num_gpus=gpus)
+    running = start.remote(job, threads)
+    _wait([running], job, [BASE_JOB], update)
+    _get(running, "pre-training")
 
 
-def _finetune_all(
-    spec: FinetuneSpec, cache: Path, devices: Devices, board: Any, update: Callable[..., None]
-) -> list[TaskResult]:
-    names = [task.name for task in spec.tasks]
+def _finetune_all(job: _Job, update: Callable[..., None]) -> list[TaskResult]:
+    names = [task.name for task in job.spec.tasks]
     waiting = list(names)
     running: dict[Any, str] = {}
     results: dict[str, TaskResult] = {}
     while waiting or running:
-        while waiting and len(running) < devices.at_once:
+        while waiting and len(running) < job.devices.at_once:
             name = waiting.pop(0)
-            if devices.workers == 1:
-                start = _run_task.options(name=f"finetune-{name}", **devices.resources)
+            if job.devices.workers == 1:
+                start = _run_task.options(name=f"finetune-{name}", **job.devices.resources)
             else:
                 # Ray Train's own workers take the devices; this task only waits for them.
                 start = _run_trainer.options(name=f"finetune-{name}", num_cpus=0)
-            running[start.remote(spec, name, cache, devices, board)] = name
-        for job in _wait(list(running), 1, board, names, update):
-            name = running.pop(job)
-            results[name] = _get(job, f"fine-tuning on {name!r}")
+            running[start.remote(job, name)] = name
+        for done in _wait(list(running), job, names, update):
+            name = running.pop(done)
+            results[name] = _get(done, f"fine-tuning on {name!r}")
     return [results[name] for name in names]
 
 
-def _wait(jobs: list[Any], count: int, board: Any, names: list[str], update: Callable[..., None]) -> list[Any]:
-    """The jobs that have ended, once there are ``count``; meanwhile shows the steps of all ``names`` together."""
+def _wait(running: list[Any], job: _Job, names: list[str], update: Callable[..., None]) -> list[Any]:
+    """What has ended, once anything has; meanwhile shows the steps of all ``names`` together."""
     while True:
-        done, _ = ray.wait(jobs, num_returns=count, timeout=REPORT_EVERY)
-        counts = ray.get(board.read.remote())
-        known = [counts[name] for name in names if name in counts]
-        if known:
-            update(sum(steps for steps, _ in known), sum(total for _, total in known))
+        done, _ = ray.wait(running, timeout=REPORT_EVERY)
+        counts = [count for name, count in job.read_board().items() if name in names]
+        if counts:
+            update(sum(steps for steps, _ in counts), sum(total for _, total in counts))
         if done:
             return list(done)
 
 
-def _get(job: Any, what: str) -> Any:
+def _get(reference: Any, what: str) -> Any:
     try:
-        return ray.get(job)
+        return ray.get(reference)
     except RayError as error:
         raise MergeRayError(f"{what} failed: {cause(error)}") from None
 
 
-def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
-    """A progress callback that writes to the board now and then, and at the end."""
-    last = 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last >= REPORT_EVERY:
-            last = now
-            board.write.remote(name, done, total)
-
-    return report
+@ray.remote(max_retries=RETRIES)
+def _run_pretraining(job: _Job, threads: int) -> None:
+    job.enter(threads)
+    make_base(job.spec, job.cache, job.devices.kind, job.reporter(BASE_JOB))
 
 
 @ray.remote(max_retries=RETRIES)
-def _run_pretraining(spec: FinetuneSpec, cache: Path, device: str, threads: int, board: Any) -> None:
-    torch.set_num_threads(threads)
-    make_base(spec, cache, device, _reporter(board, "base"))
+def _run_task(job: _Job, name: str) -> TaskResult:
+    job.enter(job.devices.threads)
+    return finetune_task(job.spec, name, job.cache, job.devices.kind, progress=job.reporter(name))
 
 
 @ray.remote(max_retries=RETRIES)
-def _run_task(spec: FinetuneSpec, name: str, cache: Path, devices: Devices, board: Any) -> TaskResult:
-    torch.set_num_threads(devices.threads)
-    return finetune_task(spec, name, cache, devices.kind, progress=_reporter(board, name))
-
-
-@ray.remote(max_retries=RETRIES)
-def _run_trainer(spec: FinetuneSpec, name: str, cache: Path, devices: Devices, board: Any) -> TaskResult:
+def _run_trainer(job: _Job, name: str) -> TaskResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    devices = job.devices
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"spec": spec, "name": name, "cache": cache, "devices": devices, "board": board},
+        train_loop_config={"job": job, "name": name},
         scaling_config=ScalingConfig(
             num_workers=devices.workers,
             use_gpu=devices.kind == "cuda",
@@ -217,13 +238,13 @@ def _run_trainer(spec: FinetuneSpec, name: str, cache: Path, devices: Devices, b
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(spec.output / "training" / "ray"),
-            # The trainer's own checkpoint is what a worker group goes on from.
+            storage_path=str(job.spec.output / "training" / "ray"),
+            # A group of workers that is started again goes on from the training's own checkpoint.
             failure_config=FailureConfig(max_failures=RETRIES),
         ),
     )
     trainer.fit()
-    return read_result(spec, name)
+    return read_result(job.spec, name)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -231,12 +252,12 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as distributed
 
+    job, name = config["job"], config["name"]
+    job.enter(job.devices.threads)
     context = ray.train.get_context()
-    devices: Devices = config["devices"]
-    torch.set_num_threads(devices.threads)
     workers = Workers(context.get_world_rank(), context.get_world_size(), distributed.all_reduce)
-    report = _reporter(config["board"], config["name"]) if workers.rank == 0 else None
-    finetune_task(config["spec"], config["name"], config["cache"], devices.kind, workers, report)
+    report = job.reporter(name) if workers.rank == 0 else None
+    finetune_task(job.spec, name, job.cache, job.devices.kind, workers, report)
 
 
 @contextmanager

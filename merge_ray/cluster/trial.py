@@ -13,15 +13,15 @@ from ray.exceptions import RayError
 
 from merge_ray.candidate import Candidate, ledger_row
 from merge_ray.cluster.errors import cause
-from merge_ray.errors import LedgerError
+from merge_ray.cluster.ledger import record
 
 
 class MergeTrainable(tune.Trainable):
     """Scores the candidate of ``config`` shard by shard and records one row when it ends.
 
-    config: ``study`` and the ``parameters`` of the method; ``host``, the index of the leased host; ``cutoffs``, the objective that
-    must be reached after a number of shards to go on. A candidate that fails is a row, not an error of the
-    trial; Tune sees an error only when this process or the ledger fails.
+    config: ``study`` and the ``parameters`` of the method; ``host``, the index of the leased host; ``cutoffs``, the
+    objective that must be reached after a number of shards to go on. A candidate that fails is a row, not an error
+    of the trial; Tune sees an error only when this process or the ledger fails.
     """
 
     def setup(
@@ -65,12 +65,16 @@ class MergeTrainable(tune.Trainable):
     def _finish(self, status: str, report: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
         row = ledger_row(self.candidate, status, **report, curve=self.curve, seconds_total=seconds)
-        try:
-            ray.get(self.ledger.record.remote(row))
-        except RayError as error:
-            raise LedgerError(cause(error)) from None
+        record(self.ledger, row)
         # Tune insists on an objective, also of a failure.
-        return {"objective": math.nan, **_shown(report), "status": status, "curve": self.curve, "seconds_total": seconds, "done": True}
+        return {
+            "objective": math.nan,
+            **_shown(report),
+            "status": status,
+            "curve": self.curve,
+            "seconds_total": seconds,
+            "done": True,
+        }
 
 
 def _shown(report: dict[str, Any]) -> dict[str, Any]:

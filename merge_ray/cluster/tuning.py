@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
@@ -16,8 +15,10 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search import Searcher
 
 from merge_ray.candidate import Candidate, ledger_row
+from merge_ray.cluster.ledger import record
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
+from merge_ray.errors import LedgerError
 from merge_ray.search import Outcome
 from merge_ray.study import Study, outcome_of
 
@@ -34,7 +35,7 @@ class SweepSearcher(Searcher):
         self.studies, self.pool = studies, pool
         self.trials: dict[str, tuple[Study, str, int]] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray's FINISHED is text
         """A trial's configuration; None while no host is free or every study waits for outcomes."""
         if not self.pool.has_free():
             return None
@@ -76,8 +77,9 @@ class SweepSearcher(Searcher):
 class _TrialCallback(Callback):
     """Reports ended trials to the progress display, and records those whose process Tune gave up on."""
 
-    def __init__(self, templates: Mapping[str, Candidate], ledger: Any, progress: Callable[[], None]) -> None:
-        self.templates, self.ledger, self.progress = templates, ledger, progress
+    def __init__(self, studies: Sequence[Study], ledger: Any, progress: Callable[[], None]) -> None:
+        self.studies, self.ledger, self.progress = studies, ledger, progress
+        self.failure: LedgerError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -88,8 +90,14 @@ class _TrialCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         # The trial's get_error() is still None here, but the file is written.
         text = Path(trial.error_file).read_text().strip() if trial.error_file else "the trial's process ended"
-        row = ledger_row(_candidate(self.templates, trial), "failed", error=text.splitlines()[-1])
-        ray.get(self.ledger.record.remote(row))
+        templates = {study.spec.name: study.template for study in self.studies}
+        row = ledger_row(_candidate(templates, trial), "failed", error=text.splitlines()[-1])
+        try:
+            record(self.ledger, row)
+        except LedgerError as error:
+            self.failure = error
+            for study in self.studies:
+                study.exhausted = True
         self.progress()
 
 
@@ -116,6 +124,7 @@ def run_studies(
         references=dict(references),
         shards=studies[0].shards,
     )
+    callback = _TrialCallback(studies, ledger, progress)
     tuner = tune.Tuner(
         # The hosts own the cores and devices; Tune will not take a request for nothing at all, so one byte.
         tune.with_resources(trainable, {"memory": 1}),
@@ -129,7 +138,7 @@ def run_studies(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(directory.resolve()),
-            callbacks=[_TrialCallback(templates, ledger, progress), TBXLoggerCallback()],
+            callbacks=[callback, TBXLoggerCallback()],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -137,7 +146,8 @@ def run_studies(
     )
     progress()
     tuner.fit()
-    progress()
+    if callback.failure is not None:
+        raise callback.failure
 
 
 def _candidate(templates: Mapping[str, Candidate], trial: Trial) -> Candidate:

@@ -39,8 +39,10 @@ class PairStream:
         self.first_class = np.cumsum([0, *(len(task.classes) for task in tasks)])
         pairs = []
         for index, task in enumerate(tasks):
-            count = len(task.split.labels)
-            rows = np.random.default_rng((seed, index)).permutation(count)[: max(1, round(spec.fraction * count))]
+            rng = np.random.default_rng((seed, index))
+            classes = rng.permutation(len(task.classes))[: max(1, round(spec.class_fraction * len(task.classes)))]
+            rows = rng.permutation(np.flatnonzero(np.isin(task.split.labels, classes)))
+            rows = rows[: max(1, round(spec.fraction * len(rows)))]
             pairs.append(np.stack([np.full_like(rows, index), rows], axis=1))
         self.pairs = np.concatenate(pairs)
 

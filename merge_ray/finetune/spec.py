@@ -50,6 +50,8 @@ class PretrainSpec(Recipe):
 
     fraction: float = Field(1.0, gt=0, le=1)
     """The share of every task's training images that the base may see."""
+    class_fraction: float = Field(1.0, gt=0, le=1)
+    """The share of every task's classes, randomly chosen, whose images the base may see."""
     caption_noise: float = Field(0.0, ge=0, lt=1)
     """The share of the pairs whose caption names a random class of the task: captions from the web are noisy."""
 

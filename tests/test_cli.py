@@ -1,0 +1,93 @@
+"""The commands as a user types them, on the tiny world, without Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from merge_ray.checkpoints import read_metadata
+from merge_ray.cli import app, main
+from merge_ray.errors import MergeRayError
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_models(folder)
+    return folder
+
+
+def run(*words: str | Path) -> str:
+    result = runner.invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def finetuned(models: Path) -> list[str]:
+    return [f"{task}={models / task}.safetensors" for task in tiny.TASKS]
+
+
+def test_merge_writes_the_merged_weights_with_their_origin(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged.safetensors"
+    base = models / "base.safetensors"
+    run("merge", "ties", "--base", base, "--finetuned", *finetuned(models), "--density", "0.2", "-o", output)
+    merged, original = load_file(output), load_file(base)
+    assert set(merged) == set(original)
+    changed = [name for name in merged if not merged[name].equal(original[name])]
+    assert changed and all(name.startswith("visual.") for name in changed)
+    metadata = read_metadata(output)
+    assert metadata["method"] == "ties"
+    assert json.loads(metadata["parameters"])["density"] == 0.2
+
+
+def test_merge_says_which_parameter_is_unknown(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(MergeRayError, match="ties has no parameter 'densty'; did you mean 'density'"):
+        words = ["--base", models / "base.safetensors", "--finetuned", *finetuned(models)]
+        run("merge", "ties", *words, "--densty", "0.2", "-o", tmp_path / "merged.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--finetuned", "just-a-file"], "write TASK=LOCATION"),
+        (["--finetuned", "a=b", "--density"], "--density needs a value"),
+    ],
+)
+def test_merge_says_what_is_wrong_with_its_words(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(MergeRayError, match=said):
+        run("merge", "ties", "--base", "base", "-o", tmp_path / "merged.safetensors", *words)
+
+
+def test_methods_teaches_every_method_and_one_in_full() -> None:
+    listed = run("methods")
+    for name in ("weight_average", "task_arithmetic", "ties", "tall_mask", "consensus", "magnitude_mask"):
+        assert name in listed
+    one = run("methods", "ties")
+    assert "density" in one and "task_arithmetic" not in one and "elect" in one.lower()
+
+
+def test_validate_names_the_tasks_and_searches(tmp_path: Path) -> None:
+    tiny.write_models(tmp_path / "models")
+    output = run("validate", tiny.write_spec(tmp_path), "--set", "name=renamed")
+    assert "valid renamed: 3 tasks; studies: task_arithmetic (grid), ties (optuna)" in output.replace("\n", "")
+
+
+def test_a_mistake_ends_in_one_message_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["merge-ray", "validate", str(tmp_path / "none.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "No such file or directory" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_every_command_explains_itself() -> None:
+    commands = ("sweep", "validate", "methods", "merge", "export", "leaderboard", "report", "finetune")
+    for command in commands:
+        assert "Usage:" in run(command, "--help")

@@ -1,0 +1,114 @@
+"""Kill anything at any moment: the same command again completes the work, nothing lost, nothing done twice."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import tiny
+
+from merge_ray.leaderboard import rank, read_rows
+from merge_ray.progress import Progress
+from merge_ray.spec import load_sweeps
+from merge_ray.sweep import run_sweep
+
+pytestmark = pytest.mark.ray
+
+STUDIES = {
+    "task_arithmetic": {"searcher": "optuna", "trials": 8},
+    "ties": {"searcher": "optuna", "scheduler": "asha", "trials": 8},
+}
+COLUMNS = ["study", "parameters", "identity", "score", "mean"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, ray_cluster: dict[str, Any]) -> Path:
+    [spec] = load_sweeps(tiny.write_spec(world, name="undisturbed", studies=STUDIES))
+    return run_sweep(spec, Progress())
+
+
+def ledger_files(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (directory / "trials").glob("*.parquet")}
+
+
+def same_leaderboard(directory: Path, undisturbed: Path) -> None:
+    expected = rank(read_rows(undisturbed))[COLUMNS]
+    pd.testing.assert_frame_equal(rank(read_rows(directory))[COLUMNS], expected)
+
+
+def command(spec: Path) -> subprocess.Popen[str]:
+    """The sweep as a user starts it, on a Ray of its own."""
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    words = [sys.executable, "-m", "merge_ray", "sweep", str(spec)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_drivers_lose_nothing_and_repeat_nothing(world: Path, undisturbed: Path) -> None:
+    spec = tiny.write_spec(world, name="killed", studies=STUDIES, hosts={"count": 2})
+    directory = world / "results" / "killed"
+    acknowledged: dict[str, int] = {}
+    for rows_before_the_kill in (2, random.randint(6, 12)):
+        process = command(spec)
+        deadline = time.monotonic() + 120
+        while len(ledger_files(directory)) < rows_before_the_kill and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(random.random() / 2)
+        children = [item for item in psutil.Process(process.pid).children(recursive=True) if "Host" in item.name()]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        files = ledger_files(directory)
+        assert files.items() >= acknowledged.items()
+        acknowledged = files
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive, "a killed driver leaves hosts behind"
+    process = command(spec)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert ledger_files(directory).items() >= acknowledged.items()
+    same_leaderboard(directory, undisturbed)
+
+
+def kill_after_first_rows(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
+    """Kill a process of the actor class at a random moment of the search."""
+    while len(ledger_files(directory)) < 5 and not done.wait(0.05):
+        pass
+    while not done.wait(random.uniform(0.0, 0.5)):
+        for process in psutil.process_iter(["cmdline"]):
+            if f"ray::{actor}" in "".join(process.info["cmdline"] or []):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+
+@pytest.mark.parametrize("actor", ["ModelHost", "ResultsActor", "ResourceTrainable"])
+def test_a_killed_actor_is_replaced_and_its_trial_runs_again(world: Path, undisturbed: Path, actor: str) -> None:
+    directory = world / "results" / f"killed_{actor}"
+    [spec] = load_sweeps(tiny.write_spec(world, name=directory.name, studies=STUDIES))
+    done = threading.Event()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_after_first_rows, args=(directory, actor, done, killed))
+    killer.start()
+    try:
+        run_sweep(spec, Progress())
+    finally:
+        done.set()
+        killer.join()
+    assert killed
+    assert set(read_rows(directory)["status"]) <= {"complete", "pruned"}
+    same_leaderboard(directory, undisturbed)
