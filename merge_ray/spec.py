@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from merge_ray.errors import SpecError, choose_from
 from merge_ray.families import Family, find_family
@@ -117,6 +117,18 @@ def _parse_space(value: Any) -> Space:
     raise ValueError("a space is a list of values, {low, high, log, points}, or {per_task: a space}")
 
 
+def _write_space(space: Space) -> Any:
+    """The inverse of :func:`_parse_space`."""
+    if isinstance(space, PerTask):
+        return {"per_task": _write_space(space.each)}
+    if isinstance(space, Float):
+        return {"low": space.low, "high": space.high, "log": space.log, "points": space.points}
+    return space.grid()
+
+
+SpaceInYaml = Annotated[Space, BeforeValidator(_parse_space), PlainSerializer(_write_space)]
+
+
 class StudySpec(SearchSpec):
     """One search over one method: ``parameters`` are fixed, ``space`` is searched."""
 
@@ -125,7 +137,7 @@ class StudySpec(SearchSpec):
     name: str
     method: str
     parameters: dict[str, Any] = {}
-    space: dict[str, Annotated[Space, BeforeValidator(_parse_space)]] | None = None
+    space: dict[str, SpaceInYaml] | None = None
 
     @pydantic.field_validator("method")
     @classmethod

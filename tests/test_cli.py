@@ -47,7 +47,7 @@ def test_merge_writes_the_merged_weights_with_their_origin(models: Path, tmp_pat
 
 def test_merge_says_which_parameter_is_unknown(models: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeRayError, match="ties has no parameter 'densty'; did you mean 'density'"):
-        words = ["--base", models / "base.safetensors", "--finetuned", *finetuned(models)]
+        words = ["--base", str(models / "base.safetensors"), "--finetuned", *finetuned(models)]
         run("merge", "ties", *words, "--densty", "0.2", "-o", tmp_path / "merged.safetensors")
 
 

@@ -63,6 +63,13 @@ def test_spaces_in_yaml(tmp_path: Path) -> None:
     }
 
 
+def test_a_spec_that_is_written_and_read_again_is_the_same(tmp_path: Path) -> None:
+    space = {"density": {"low": 0.1, "high": 0.5, "points": 3}, "disjoint": ["mean", "sum"]}
+    vector = {"space": {"scaling_coefficient": {"per_task": {"low": 0.0, "high": 1.0}}}, "method": "task_arithmetic"}
+    [spec] = load(tmp_path, studies={"ties": {"space": space}, "vector": vector})
+    assert SweepSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
 def test_a_range_of_an_integer_parameter_holds_integers(tmp_path: Path) -> None:
     [spec] = load(tmp_path, studies={"consensus": {"space": {"min_tasks": {"low": 1, "high": 3}}}})
     assert spec.studies["consensus"].search_space()["min_tasks"] == Int(1, 3)

@@ -1,6 +1,8 @@
 """A sweep on a small cluster: what it writes, what it does again, and what it refuses."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,21 @@ import pandas as pd
 import pytest
 import ray
 import tiny
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from merge_ray.candidate import Candidate, Fingerprints
-from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.checkpoints import read_weights
+from merge_ray.cluster.ledger import start_results_actor, write_durably
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import CheckpointError, DataError, LedgerError, MergeRayError
+from merge_ray.export import export_merge
 from merge_ray.leaderboard import rank, read_rows
-from merge_ray.methods.base import make_method
+from merge_ray.methods.base import MergeInputs, make_method
+from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import StudySpec, load_sweeps
+from merge_ray.spec import StudySpec, SweepSpec, check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
 
@@ -48,15 +55,56 @@ def finished(world: Path, ray_cluster: dict[str, Any]) -> Path:
 def test_a_sweep_leaves_a_row_for_every_candidate_and_a_confirmed_leaderboard(finished: Path) -> None:
     rows = read_rows(finished)
     validation = rows[(rows["split"] == "val") & (rows["status"] == "complete")]
-    assert validation.groupby("study").size().to_dict() == {
-        "finetuned": 1,
-        "pretrained": 1,
-        "task_arithmetic": 3,
-        "ties": 4,
-    }
-    board = pd.read_parquet(finished / "leaderboard.parquet")
-    assert set(board["study"]) == {"pretrained", "finetuned", "task_arithmetic", "ties"}
+    counts = {"finetuned": 1, "pretrained": 1, "task_arithmetic": 3, "ties": 4, "tall_mask": 1}
+    assert validation.groupby("study").size().to_dict() == counts
+    assert set(pd.read_parquet(finished / "leaderboard.parquet")["study"]) == set(counts)
     assert (finished / "report.html").exists()
+
+
+def test_masks_are_kept_beside_the_leaderboard_and_give_the_same_scores(world: Path, finished: Path) -> None:
+    rows = read_rows(finished)
+    [row] = rows[(rows["study"] == "tall_mask") & (rows["split"] == "test")].to_dict("records")
+    assert set(json.loads(row["resolved"])["mask_lambda"]) == set(tiny.TASKS)
+    [masks] = row["artifacts"]
+    [spec] = load_sweeps(tiny.write_spec(world))
+    bank, _ = load_bank(spec.models, spec.task_names, Progress())
+    made = make_method("tall_mask", json.loads(row["resolved"])).merge(MergeInputs(bank))
+    read = make_method("tall_mask", {"masks": str(finished / masks)}).merge(MergeInputs(bank))
+    for task in tiny.TASKS:
+        weights = [torch.empty_like(bank.base), torch.empty_like(bank.base)]
+        made.write(task, weights[0])
+        read.write(task, weights[1])
+        assert weights[0].equal(weights[1]) and not weights[0].equal(bank.base)
+
+
+def test_tensorboard_finds_the_curve_and_the_parameters_of_every_trial(finished: Path) -> None:
+    folders = [path.parent for path in (finished / "tune").rglob("events.out.tfevents*")]
+    [folder, *_] = [path for path in folders if path.name.startswith("ties-")]
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Scalars("ray/tune/objective")) == 2
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "huggingface", "open_clip"])
+def test_the_best_merge_is_exported_and_scores_as_it_did(finished: Path, tmp_path: Path, format: str) -> None:
+    paths = export_merge(finished, "ties", tmp_path, format, Progress())
+    assert len(paths) == 1
+    spec = check_spec(SweepSpec, read_yaml(finished / "sweep.yaml"), "sweep.yaml")
+    exported = spec.models.open_family().rename(read_weights(paths[0]))
+    bank, base = load_bank(spec.models, spec.task_names, Progress())
+    [row] = [row for row in rank(read_rows(finished)).to_dict("records") if row["study"] == "ties"]
+    merged = make_method("ties", json.loads(row["resolved"])).merge(MergeInputs(bank))
+    expected = torch.empty_like(bank.base)
+    merged.write("ants", expected)
+    torch.testing.assert_close(bank.layout.flatten(exported), expected, rtol=0, atol=1e-6)
+    assert exported["token_embedding.weight"].equal(base["token_embedding.weight"])
+
+
+def test_masked_merges_are_exported_one_model_a_task(finished: Path, tmp_path: Path) -> None:
+    paths = export_merge(finished, "tall_mask", tmp_path, "safetensors", Progress())
+    assert [path.name for path in paths] == [f"{task}.safetensors" for task in tiny.TASKS]
+    with pytest.raises(LedgerError, match="no confirmed merge of study 'tise'; did you mean 'ties'"):
+        export_merge(finished, "tise", tmp_path, "safetensors", Progress())
 
 
 def test_rows_hold_scores_that_agree_with_each_other(finished: Path) -> None:
@@ -197,3 +245,17 @@ def test_a_ledger_that_cannot_be_written_stops_the_sweep_with_the_reason(
     with pytest.raises(LedgerError, match=r"cannot write .*run the same command again to go on"):
         run_stand_in(tmp_path, [0.1, 0.9, 0.3, 0.4])
     assert len(list((tmp_path / "elsewhere").glob("*.parquet"))) == 1
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "row.parquet"
+    path.write_bytes(b"old")
+
+    def fill(file: Any) -> None:
+        file.write(b"new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(LedgerError, match=r"cannot write .*row\.parquet: No space left on device; run the same"):
+        write_durably(path, fill)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -86,6 +86,7 @@ def write_spec(folder: Path, **changes: Any) -> Path:
         "studies": {
             "task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5]}},
             "ties": {"searcher": "optuna", "trials": 4},
+            "tall_mask": {"parameters": {"mask_lambdas": [0.2, 0.5], "multi_task_vector": "task_arithmetic"}},
         },
         **changes,
     }

@@ -66,6 +66,7 @@ class ModelHost:
             setup.evaluation.shards,
         )
         self.cache = MergeCache(self.bank.base.nbytes)
+        self.merged: Merged | None = None
         self._forget()
 
     def _load(self, split: str, preprocessing: Any) -> dict[str, TaskData]:
@@ -82,18 +83,16 @@ class ModelHost:
         references: the fine-tuned models' scores that normalised scores divide by, or None while they are
         being found out.
         """
-        if self.candidate != candidate.identity:
-            self._merge(candidate)
+        merged = self._merge(candidate)
         started = time.perf_counter()
         if shard is None:
-            answers = self.evaluator.correct(self.merged, candidate.split)
+            answers = self.evaluator.correct(merged, candidate.split)
         else:
             while len(self.answers) <= shard:
-                self.answers.append(self.evaluator.correct(self.merged, candidate.split, len(self.answers)))
+                self.answers.append(self.evaluator.correct(merged, candidate.split, len(self.answers)))
             parts = self.answers[: shard + 1]
             answers = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
         self.seconds_evaluate += time.perf_counter() - started
-        merged, bank = self.merged, self.bank
         return {
             **summarize(score_tasks(answers, references), self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
@@ -101,22 +100,24 @@ class ModelHost:
             "seconds_evaluate": self.seconds_evaluate,
             "peak_memory_bytes": self._peak_memory(),
             "storage_bytes": merged.storage_bytes(),
-            "storage_ratio": merged.storage_bytes() / bank.finetuned_bytes,
+            "storage_ratio": merged.storage_bytes() / self.bank.finetuned_bytes,
             "device": _device_name(self.device),
             "host": socket.gethostname(),
         }
 
     def artifacts(self, candidate: Candidate) -> dict[str, np.ndarray]:
         """What the candidate's merge leaves worth keeping."""
-        if self.candidate != candidate.identity:
-            self._merge(candidate)
-        return self.merged.artifacts()
+        return self._merge(candidate).artifacts()
 
     def process_id(self) -> int:
         """The operating system's number of this actor's process; answered once the host is ready."""
         return os.getpid()
 
-    def _merge(self, candidate: Candidate) -> None:
+    def _merge(self, candidate: Candidate) -> Merged:
+        """The candidate's merge, made now unless it was the last one."""
+        if self.merged is not None and self.candidate == candidate.identity:
+            return self.merged
+        # The last merge's vectors must be gone before the next are made.
         self._forget()
         self._reset_peak_memory()
         method = candidate.make()
@@ -129,13 +130,15 @@ class ModelHost:
             needs=method.needs,
         )
         started = time.perf_counter()
-        self.merged: Merged = method.merge(inputs)
+        merged = method.merge(inputs)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
-        self.candidate = candidate.identity
+        self.merged, self.candidate = merged, candidate.identity
+        return merged
 
     def _forget(self) -> None:
+        self.merged = None
         self.candidate = ""
         self.answers: list[dict[str, np.ndarray]] = []
         self.seconds_evaluate = 0.0

@@ -30,9 +30,11 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 
 
 def column_ranges(size: int) -> list[tuple[int, int]]:
-    """Ranges ``start, stop`` over ``size`` columns, cut at whole blocks; several for each thread, so that none waits
-    long for another."""
-    blocks = -(-size // BLOCK)
+    """Ranges ``start, stop`` over ``size`` columns, cut at whole blocks.
+
+    There are several for each thread, so that none waits long for another.
+    """
+    blocks = max(1, -(-size // BLOCK))
     step = -(-blocks // (8 * torch.get_num_threads())) * BLOCK
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
