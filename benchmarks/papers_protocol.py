@@ -34,7 +34,8 @@ from merge_ray.checkpoints import read_weights
 from merge_ray.families import Family
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.progress import Progress
-from merge_ray.spec import SweepSpec, load_sweeps
+from merge_ray.spec import SweepSpec
+from merge_ray.spec_files import load_sweeps
 from merge_ray.sweep import run_sweep
 from merge_ray.tasks import open_task
 

@@ -32,7 +32,8 @@ from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
-from merge_ray.spec import HostsSpec, SweepSpec, load_sweeps
+from merge_ray.spec import HostsSpec, SweepSpec
+from merge_ray.spec_files import load_sweeps
 from merge_ray.sweep import run_sweep
 from merge_ray.tasks import cache_directory, open_task
 

@@ -43,7 +43,7 @@ def sweep(
     """
     from merge_ray.leaderboard import rank, read_rows, render
     from merge_ray.progress import Progress
-    from merge_ray.spec import load_sweeps
+    from merge_ray.spec_files import load_sweeps
     from merge_ray.sweep import run_sweep
 
     for loaded in load_sweeps(spec, overrides or []):
@@ -57,7 +57,7 @@ def sweep(
 @app.command()
 def validate(spec: SpecPath, overrides: Overrides = None) -> None:
     """Check a spec without running it; every mistake is reported at once."""
-    from merge_ray.spec import load_sweeps
+    from merge_ray.spec_files import load_sweeps
 
     for loaded in load_sweeps(spec, overrides or []):
         searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
@@ -188,7 +188,7 @@ def finetune(
     from merge_ray.cluster.training import run_finetune
     from merge_ray.finetune import FinetuneSpec
     from merge_ray.progress import Progress
-    from merge_ray.spec import load_spec
+    from merge_ray.spec_files import load_spec
 
     loaded = load_spec(FinetuneSpec, spec, overrides or [])
     with Progress() as progress:

@@ -12,7 +12,8 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import SweepSpec, check_spec, read_yaml
+from merge_ray.spec import SweepSpec
+from merge_ray.spec_files import check_spec, read_yaml
 
 FORMATS = ("safetensors", "huggingface", "open_clip")
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-
-if TYPE_CHECKING:
-    from merge_ray.study import Study
 
 LONG = 2.0
 """Seconds after which a finished step is worth a line."""
@@ -66,22 +62,17 @@ class Progress:
             self.line(f"{text} [dim]{seconds:.0f} s[/dim]")
 
     @contextmanager
-    def studies(self, studies: Sequence[Study]) -> Iterator[Callable[[], None]]:
-        """One bar a study: yields what redraws them from the studies' outcomes."""
-        bars = {
-            study.spec.name: self._bars.add_task(study.spec.name, total=study.spec.trials, note="") for study in studies
-        }
-        shown: set[str] = set()
+    def bars(self, totals: Mapping[str, int | None]) -> Iterator[Callable[..., None]]:
+        """Several counts side by side: yields ``update(name, done, total, note="", ended=False)``."""
+        bars = {name: self._bars.add_task(name, total=total, note="") for name, total in totals.items()}
 
-        def update() -> None:
-            for study in studies:
-                name, count, best = study.spec.name, len(study.outcomes), study.best_value
-                note = "" if best is None else f"best {best:.4f}"
-                total = count if study.finished else study.spec.trials
-                self._bars.update(bars[name], completed=count, total=total, note=note)
-                if study.finished and name not in shown:
-                    shown.add(name)
-                    self.line(f"study {name}: {count} candidates, {note or 'none complete'}")
+        def update(name: str, done: int, total: int | None, note: str = "", ended: bool = False) -> None:
+            if name not in bars:
+                return
+            self._bars.update(bars[name], completed=done, total=total, note=note)
+            if ended:
+                self._bars.remove_task(bars.pop(name))
+                self.line(f"{name}: {done} done, {note}")
 
         try:
             yield update

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ class _Sweep:
             shards, distance = self.spec.evaluation.shards, 2 * len(self.pool.hosts)
             earlier = [study for study in studies if study.spec.method == spec.method]
             studies.append(Study(spec, template, self.spec.task_names, shards, self.rows, distance, earlier))
-        with self.progress.studies(studies) as update:
-            run_studies(studies, self.pool, self.ledger, references["val"], self.spec.directory, update)
+        with self.progress.bars({study.spec.name: study.spec.trials for study in studies}) as update:
+            show = partial(_show_studies, studies, update)
+            run_studies(studies, self.pool, self.ledger, references["val"], self.spec.directory, show)
 
     def confirm(self, references: Mapping[str, Mapping[str, float]]) -> None:
         """Score the best candidate of every study on the test split, and keep its artifacts."""
@@ -135,6 +137,13 @@ class _Sweep:
     def _candidate(self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None) -> Candidate:
         made = make_method(method, parameters or {})
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints)
+
+
+def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None:
+    for study in studies:
+        best, done = study.best_value, len(study.outcomes)
+        note = "" if best is None else f"best {best:.4f}"
+        update(study.spec.name, done, done if study.finished else study.spec.trials, note, study.finished)
 
 
 @contextmanager

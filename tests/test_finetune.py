@@ -32,7 +32,7 @@ from merge_ray.finetune.pretraining import Captioned, PairStream
 from merge_ray.finetune.spec import PretrainSpec
 from merge_ray.finetune.trainer import batch_rows, learning_rate
 from merge_ray.progress import Progress
-from merge_ray.spec import check_spec
+from merge_ray.spec_files import check_spec
 from merge_ray.tasks import open_task
 
 TASKS = ("ants", "bees")

@@ -17,7 +17,7 @@ import tiny
 
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.progress import Progress
-from merge_ray.spec import load_sweeps
+from merge_ray.spec_files import load_sweeps
 from merge_ray.sweep import run_sweep
 
 pytestmark = pytest.mark.ray

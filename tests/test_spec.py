@@ -9,7 +9,8 @@ import yaml
 
 from merge_ray.errors import SpecError
 from merge_ray.space import Choice, Float, Int, PerTask
-from merge_ray.spec import SweepSpec, load_sweeps
+from merge_ray.spec import SweepSpec
+from merge_ray.spec_files import load_sweeps
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 MODELS = {"architecture": "ViT-B-32", "base": "base.pt", "finetuned": "{task}.pt"}

@@ -24,7 +24,8 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import StudySpec, SweepSpec, check_spec, load_sweeps, read_yaml
+from merge_ray.spec import StudySpec, SweepSpec
+from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
 

@@ -66,6 +66,7 @@ class ModelHost:
             setup.evaluation.shards,
         )
         self.cache = MergeCache(self.bank.base.nbytes)
+        self.candidate = ""
         self.merged: Merged | None = None
         self._forget()
 

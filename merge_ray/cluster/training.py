@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ray.exceptions import RayError
 from rich.table import Table
 
 from merge_ray.cluster.errors import cause
+from merge_ray.cluster.session import ray_session
 from merge_ray.errors import MergeRayError
 from merge_ray.finetune import (
     FinetuneSpec,
@@ -136,7 +135,7 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
     if spec.base is not None:
         with progress.step("read the base"):
             make_base(spec, cache)
-    with _ray_session(progress):
+    with ray_session(progress):
         devices = Devices.share(spec.device, len(spec.tasks), workers_per_task)
         job = _Job(spec, cache, devices, _Board.remote(), Path.cwd())  # type: ignore[attr-defined]
         if spec.pretrain is not None:
@@ -258,18 +257,3 @@ def _train_worker(config: dict[str, Any]) -> None:
     workers = Workers(context.get_world_rank(), context.get_world_size(), distributed.all_reduce)
     report = job.reporter(name) if workers.rank == 0 else None
     finetune_task(job.spec, name, job.cache, job.devices.kind, workers, report)
-
-
-@contextmanager
-def _ray_session(progress: Progress) -> Iterator[None]:
-    """Join the running cluster, or start Ray on this machine; what was started is ended."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    joined = ray.is_initialized()
-    if not joined:
-        with progress.step("start Ray"):
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        yield
-    finally:
-        if not joined:
-            ray.shutdown()

@@ -1,0 +1,162 @@
+"""Read specs from YAML: overrides and defaults filled in, all mistakes told at once, each with its place."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from merge_ray.errors import SpecError, choose_from
+from merge_ray.spec import SweepSpec
+from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
+
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+def load_sweeps(path: Path | str, overrides: Sequence[str] = ()) -> list[SweepSpec]:
+    """The sweeps that a YAML file describes: one, or one for each length of the papers' task list.
+
+    overrides: ``key.inner=value`` texts that replace values of the file. Raises :class:`SpecError`.
+    """
+    raw = read_yaml(path)
+    for text in overrides:
+        _override(raw, text)
+    counts = raw.pop("num_tasks", None)
+    if counts is None:
+        return [check_spec(SweepSpec, _with_defaults(raw), path)]
+    settings = raw.get("tasks") or {}
+    if not isinstance(settings, Mapping):
+        raise SpecError(f"{path}: with num_tasks, 'tasks' maps single tasks to their settings; found a list")
+    sweeps = []
+    for count in counts if isinstance(counts, list) else [counts]:
+        if count not in TASK_LISTS:
+            raise SpecError(f"{path}: num_tasks: {count!r}; {choose_from(count, map(str, TASK_LISTS))}")
+        name = str(raw.get("name", "")).replace("{num_tasks}", str(count))
+        tasks = [{"name": task, **settings[task]} if task in settings else task for task in TASK_LISTS[count]]
+        sweeps.append(check_spec(SweepSpec, _with_defaults({**raw, "name": name, "tasks": tasks}), path))
+    return sweeps
+
+
+def load_spec(model: type[Spec], path: Path | str, overrides: Sequence[str] = ()) -> Spec:
+    """A spec of another kind, such as a fine-tuning spec, read and checked in the same way."""
+    raw = read_yaml(path)
+    for text in overrides:
+        _override(raw, text)
+    return check_spec(model, raw, path)
+
+
+def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread ``search`` over the studies and ``task_defaults`` over the tasks."""
+    spread = dict(raw)
+    search, defaults = spread.pop("search", None) or {}, spread.pop("task_defaults", None) or {}
+    studies = spread.get("studies")
+    if isinstance(studies, list):
+        studies = dict.fromkeys(studies)
+    if isinstance(studies, Mapping) and isinstance(search, Mapping):
+        spread["studies"] = {
+            name: {**search, "method": name, **(study or {}), "name": name}
+            if isinstance(study, (Mapping, type(None)))
+            else study
+            for name, study in studies.items()
+        }
+    if isinstance(spread.get("tasks"), list) and defaults:
+        spread["tasks"] = [_with_task_defaults(task, defaults) for task in spread["tasks"]]
+    return spread
+
+
+def _with_task_defaults(task: Any, defaults: Mapping[str, Any]) -> Any:
+    """A task of the spec with the defaults filled in, ``{task}`` in them standing for its name."""
+    if isinstance(task, str):
+        if set(defaults) & set(SOURCES):
+            task = {"name": task}
+        else:
+            try:
+                task = TaskSpec.model_validate(task).model_dump(exclude_unset=True)
+            except pydantic.ValidationError:
+                return task
+    if not isinstance(task, Mapping):
+        return task
+    name = str(task.get("name", ""))
+    filled = {
+        key: value.replace("{task}", name) if isinstance(value, str) else value for key, value in defaults.items()
+    }
+    if set(task) & set(SOURCES):
+        filled = {key: value for key, value in filled.items() if key not in SOURCES}
+    return {**filled, **task}
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file; raises :class:`SpecError` with the line of a syntax mistake."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise SpecError(f"{path}: a spec is a mapping of keys to values")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"--set {text}: write key.inner=value")
+    *parents, last = path.split(".")
+    for key in parents:
+        if raw.get(key) is None:
+            raw[key] = {}
+        raw = raw[key]
+        if not isinstance(raw, dict):
+            raise SpecError(f"--set {text}: {key!r} holds a value, not a mapping")
+    raw[last] = yaml.safe_load(value)
+
+
+def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) -> Spec:
+    """``raw`` as a ``model``; raises :class:`SpecError` that lists every mistake with its place."""
+    try:
+        return model.model_validate(raw)
+    except pydantic.ValidationError as invalid:
+        mistakes = [_describe(model, error) for error in invalid.errors()]
+        raise SpecError(
+            f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)
+        ) from None
+
+
+def _describe(model: type[BaseModel], error: Any) -> str:
+    location = [part for part in error["loc"] if not str(part).startswith("function-")]
+    place = ".".join(map(str, location)) or "spec"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(model, location[:-1])
+        return f"  {place}: unknown key; {choose_from(location[-1], fields)}"
+    if error["type"] == "missing":
+        return f"  {place}: missing"
+    if error["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"  {place}: {error['input']!r}; {choose_from(error['input'], valid)}"
+    given = "" if isinstance(error["input"], (Mapping, list, BaseModel)) else f"{error['input']!r}: "
+    return "\n".join(f"  {place}: {given}{line}" for line in message.splitlines())
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys that a spec may have at ``location``."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[part].annotation if part in current.model_fields else current
+        current = next((item for item in _models_in(current)), current)
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
