@@ -22,6 +22,7 @@ test-all: lint  ## `make test` and the slow tests
 
 lint: $(VENV)/.installed-dev  ## style and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 benchmarks: $(VENV)/.installed-dev  ## print the figures that benchmarks/README.md explains

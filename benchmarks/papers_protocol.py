@@ -39,7 +39,7 @@ from merge_ray.spec_files import load_sweeps
 from merge_ray.sweep import run_sweep
 from merge_ray.tasks import open_task
 
-COEFFICIENTS = [round(0.1 * step, 1) for step in range(1, 11)]
+COEFFICIENTS = [round(0.05 * step, 2) for step in range(21)]
 DENSITY = 0.2
 MASK_LAMBDAS = [0.2, 0.3, 0.4, 0.5, 0.6]
 BATCH = 128
@@ -256,7 +256,7 @@ def main(path: Path) -> None:
         seconds = time.perf_counter() - started
         rows = read_rows(results)
         own = rank(rows, "mean").set_index("study")["mean"].to_dict()
-    inner = rows["seconds_total"].sum()
+    inner = (rows["time"].max() - rows["time"].min()).total_seconds() + rows["seconds_total"].iloc[0]
     settings, tasks = 2 * len(COEFFICIENTS) + len(MASK_LAMBDAS), len(problem.tasks)
     print(f"{settings} settings over {tasks} tasks of at most {MOST_IMAGES} images, then the best on the test split")
     print(f"{'method':<18}{'naive':>8}{'merge-ray':>11}   mean test accuracy")
@@ -264,8 +264,8 @@ def main(path: Path) -> None:
         print(f"{method:<18}{accuracy:>8.4f}{own[method]:>11.4f}")
     print(f"{'naive':<34}{naive_seconds:>8.1f} s")
     print(f"{'merge-ray, all of it':<34}{seconds:>8.1f} s   {naive_seconds / seconds:.1f} times as fast")
-    print(f"{'merge-ray, merging and scoring':<34}{inner:>8.1f} s   {naive_seconds / inner:.1f} times as fast")
-    print("'all of it' includes starting Ray, decoding the images once, scoring the references, and the report")
+    print(f"{'merge-ray, first to last candidate':<34}{inner:>8.1f} s   {naive_seconds / inner:.1f} times as fast")
+    print("'all of it' includes starting Ray, decoding the images once, and the report")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ class Layout:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Every tensor by name, in its shape, as a view of ``flat`` ``[P]``."""
-        return {
-            entry.name: flat[entry.offset : entry.offset + entry.size].view(entry.shape) for entry in self.entries
-        }
+        return {entry.name: flat[entry.offset : entry.offset + entry.size].view(entry.shape) for entry in self.entries}
 
     def flatten(self, state: StateDict, out: Tensor | None = None) -> Tensor:
         """The state dict's tensors as one float32 vector ``[P]``, written into ``out`` if given."""
@@ -231,9 +229,7 @@ def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor | 
     return flat
 
 
-def _fingerprint(
-    layout: Layout, base: Tensor, task_vectors: Tensor, tasks: Iterable[str], extras: StateDict
-) -> str:
+def _fingerprint(layout: Layout, base: Tensor, task_vectors: Tensor, tasks: Iterable[str], extras: StateDict) -> str:
     vectors = [base, *task_vectors]
     with ThreadPoolExecutor(max(1, min(len(vectors), torch.get_num_threads()))) as pool:
         digests = list(pool.map(digest, vectors))

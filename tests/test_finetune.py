@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from merge_ray.checkpoints import read_weights
 from merge_ray.errors import CheckpointError, MergeRayError, SpecError
+from merge_ray.families import find_family
 from merge_ray.finetune import (
     FinetuneSpec,
     Recipe,
@@ -82,10 +83,22 @@ def kill_at(step: int) -> Any:
     return progress
 
 
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 0) -> None:
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert set(first) == set(second)
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
+        torch.testing.assert_close(first[name], second[name], atol=0, rtol=0)
+
+
+def assert_alike(spec: FinetuneSpec, expected: dict[str, dict[str, Tensor]]) -> None:
+    """The models in ``spec.output`` see what ``expected`` see, up to rounding.
+
+    Weights are not compared: AdamW makes full steps of a gradient that is nothing but rounding, as that of the
+    attention's key biases, which change no output.
+    """
+    family, images = find_family("clip", spec.architecture), torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    for name, weights in expected.items():
+        found = family.image_encoder(read_weights(spec.output / f"{name}.safetensors"), "cpu")
+        torch.testing.assert_close(found(images), family.image_encoder(weights, "cpu")(images), atol=1e-3, rtol=0)
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -236,29 +249,49 @@ def test_mistakes_in_a_spec_are_explained(world: Path, changes: dict[str, Any], 
     assert message in str(error.value)
 
 
-def test_captions_name_the_image_or_sometimes_another_class(world: Path) -> None:
-    spec = make_spec(world)
-    prepare_data(spec, world / "cache")
+def test_captions_name_what_the_image_shows(world: Path) -> None:
+    spec, cache = make_spec(world), world / "cache"
+    prepare_data(spec, cache)
     tasks = [open_task(task) for task in spec.tasks]
     captioned = [
-        Captioned(task.cached("train", 16, "bicubic", world / "cache"), task.classes, ["a {}", "{} photo"])
-        for task in tasks
+        Captioned(task.cached("train", 16, "bicubic", cache), task.classes, ["a {}", "{} photo"]) for task in tasks
     ]
 
-    def agreement(noise: float, fraction: float = 1.0) -> tuple[int, float]:
-        recipe = PretrainSpec(steps=1, batch_size=96, caption_noise=noise, fraction=fraction)
-        stream = PairStream(captioned, recipe, seed=0)
+    def draw(noise: float) -> tuple[Tensor, list[str]]:
+        stream = PairStream(captioned, PretrainSpec(steps=1, batch_size=96, image_noise=noise), seed=0)
         images, captions, numbers = stream.batch(0)
-        # The brightest channel of an image is its colour: the label.
-        colours = images.float().mean(dim=(2, 3)).argmax(dim=1)
-        right = [captioned[0].classes[colour] in caption for colour, caption in zip(colours, captions, strict=True)]
+        assert len(stream) == 96 and set(numbers.tolist()) == set(range(6))
         assert {caption.count("photo") for caption in captions} == {0, 1}
-        assert set(numbers.tolist()) == set(range(6))
-        return len(stream), sum(right) / len(right)
+        return images.float(), captions
 
-    assert agreement(0.0) == (96, 1.0)
-    assert agreement(0.0, fraction=0.5)[0] == 48
-    assert 0.2 < agreement(0.9)[1] < 0.7
+    images, captions = draw(noise=0.0)
+    # The brightest channel of an image is its colour: the label.
+    for colour, caption in zip(images.mean(dim=(2, 3)).argmax(dim=1), captions, strict=True):
+        assert tasks[0].classes[colour] in caption
+    noisy, same = draw(noise=0.05)
+    assert same == captions
+    assert 10 < (noisy - images).std() < 15
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tasks", "workers", "nodes", "expected"),
+    [
+        ("auto", 6, 1, [{"CPU": 2.0}], ("cpu", 2, 1)),
+        ("auto", 1, 1, [{"CPU": 2.0}], ("cpu", 1, 2)),
+        ("auto", 6, 2, [{"CPU": 8.0}], ("cpu", 4, 1)),
+        ("auto", 1, 1, [{"CPU": 4.0}, {"CPU": 2.0}, {}], ("cpu", 1, 2)),
+        ("auto", 3, 2, [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 4.0}], ("cuda", 2, 4)),
+        ("cpu", 4, 1, [{"CPU": 16.0, "GPU": 4.0}], ("cpu", 4, 4)),
+    ],
+)
+def test_jobs_share_the_cluster(
+    wanted: str, tasks: int, workers: int, nodes: list[dict[str, float]], expected: tuple[str, int, int]
+) -> None:
+    from merge_ray.cluster.training import Devices
+
+    devices = Devices.share(wanted, tasks, workers, nodes)
+    assert (devices.kind, devices.at_once, devices.threads) == expected
+    assert devices.workers == workers
 
 
 @pytest.mark.ray
@@ -270,9 +303,7 @@ def test_tasks_are_fine_tuned_on_ray(world: Path, ray_cluster: Any, monkeypatch:
     spec = make_spec(world, "ray")
     table = run_finetune(spec, 1, Progress(Console(quiet=True)))
     assert [column.header for column in table.columns] == ["task", "steps", "base", "fine-tuned", "seconds"]
-    # Another number of threads adds up in another order.
-    for name in expected:
-        assert_same(read_weights(spec.output / f"{name}.safetensors"), expected[name], tolerance=1e-4)
+    assert_alike(spec, expected)
 
 
 @pytest.mark.ray
@@ -283,9 +314,7 @@ def test_two_workers_share_a_task(world: Path, ray_cluster: Any, monkeypatch: py
     expected = run(make_spec(world, "alone"), world / "cache")
     spec = make_spec(world, "shared")
     run_finetune(spec, 2, Progress(Console(quiet=True)))
-    # AdamW makes much of a gradient's rounding where the gradient is nearly zero.
-    for name in TASKS:
-        assert_same(read_weights(spec.output / f"{name}.safetensors"), expected[name], tolerance=1e-3)
+    assert_alike(spec, expected)
 
 
 @pytest.mark.ray

@@ -170,9 +170,7 @@ def test_defaults_are_valid_and_searched_values_too(name: str) -> None:
 def test_a_second_candidate_shares_what_is_expensive_and_gets_the_same(name: str, bank: ModelBank) -> None:
     cache = MergeCache(1 << 20)
     method = make_method(name, {"mask_lambda": 0.4} if name in NEEDS_LAMBDA else {})
-    first, second = (
-        weights(method.merge(MergeInputs(bank, cache=cache, needs=method.needs)), bank) for _ in range(2)
-    )
+    first, second = (weights(method.merge(MergeInputs(bank, cache=cache, needs=method.needs)), bank) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,27 @@ class Devices:
     threads: int
 
     @classmethod
-    def share(cls, wanted: str, tasks: int, workers: int) -> Devices:
-        """Share the running cluster's GPUs, one a worker, or else its CPU cores, as evenly as whole cores allow.
+    def share(cls, wanted: str, tasks: int, workers: int, nodes: Sequence[Mapping[str, float]]) -> Devices:
+        """Share the GPUs of ``nodes`` (Ray's resources of each), one a worker, or else their CPU cores.
 
-        Raises :class:`MergeRayError` when one task's workers do not fit.
+        A worker's threads fit on every node, so that all workers can be placed. Raises :class:`MergeRayError`
+        when one task's workers do not fit.
         """
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        gpus = int(sum(node.get("GPU", 0) for node in nodes))
         kind = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
-        slots = min(gpus, cpus) if kind == "cuda" else cpus
+        if kind == "cuda":
+            used = [node for node in nodes if node.get("GPU", 0) >= 1]
+            slots, threads = gpus, [node.get("CPU", 0) // node["GPU"] for node in used]
+        else:
+            used = [node for node in nodes if node.get("CPU", 0) >= 1]
+            slots, threads = int(sum(node["CPU"] for node in used)), [node["CPU"] for node in used]
         if workers > slots:
-            what = "GPUs (with a core for each)" if kind == "cuda" else "CPU cores"
+            what = "GPUs" if kind == "cuda" else "CPU cores"
             raise MergeRayError(f"{workers} workers per task need {workers} {what}; the cluster has {slots}")
         at_once = min(tasks, slots // workers)
-        return cls(kind, workers, at_once, max(1, cpus // (at_once * workers)))
+        if kind == "cpu":
+            threads.append(slots // (at_once * workers))
+        return cls(kind, workers, at_once, max(1, int(min(threads))))
 
     @property
     def resources(self) -> dict[str, float]:
@@ -136,7 +143,7 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
         with progress.step("read the base"):
             make_base(spec, cache)
     with ray_session(progress):
-        devices = Devices.share(spec.device, len(spec.tasks), workers_per_task)
+        devices = Devices.share(spec.device, len(spec.tasks), workers_per_task, _nodes())
         job = _Job(spec, cache, devices, _Board.remote(), Path.cwd())  # type: ignore[attr-defined]
         if spec.pretrain is not None:
             with progress.counted("pre-train the base") as update:
@@ -159,12 +166,16 @@ def results_table(spec: FinetuneSpec, results: list[TaskResult]) -> Table:
     return table
 
 
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _pretrain(job: _Job, update: Callable[..., None]) -> None:
     """Pre-train on one GPU, or on all cores of the largest node."""
     if job.devices.kind == "cuda":
         threads, gpus = 1, 1
     else:
-        threads, gpus = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])), 0
+        threads, gpus = int(max(node.get("CPU", 0) for node in _nodes())), 0
     start = _run_pretraining.options(name="pretrain", num_cpus=threads, num_gpus=gpus)
     running = start.remote(job, threads)
     _wait([running], job, [BASE_JOB], update)

@@ -45,9 +45,7 @@ class ImageEncoder(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self, tower: nn.Module, preprocessing: Preprocessing, device: torch.device | str, prefix: str
-    ) -> None:
+    def __init__(self, tower: nn.Module, preprocessing: Preprocessing, device: torch.device | str, prefix: str) -> None:
         super().__init__()
         self.tower = tower.to(device)
         self.prefix = prefix

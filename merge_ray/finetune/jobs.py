@@ -234,8 +234,6 @@ def _is_done(path: Path, identity: str) -> bool:
 
 def _write(path: Path, state: Mapping[str, Tensor], spec: FinetuneSpec, metadata: Mapping[str, str]) -> None:
     dtype = getattr(torch, spec.dtype)
-    saved = {
-        name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-    }
+    saved = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, saved, {"name": spec.name, "architecture": spec.architecture, **metadata})

@@ -37,14 +37,10 @@ class PairStream:
         self.spec = spec
         self.seed = seed
         self.first_class = np.cumsum([0, *(len(task.classes) for task in tasks)])
-        pairs = []
-        for index, task in enumerate(tasks):
-            rng = np.random.default_rng((seed, index))
-            classes = rng.permutation(len(task.classes))[: max(1, round(spec.class_fraction * len(task.classes)))]
-            rows = rng.permutation(np.flatnonzero(np.isin(task.split.labels, classes)))
-            rows = rows[: max(1, round(spec.fraction * len(rows)))]
-            pairs.append(np.stack([np.full_like(rows, index), rows], axis=1))
-        self.pairs = np.concatenate(pairs)
+        counts = [len(task.split.labels) for task in tasks]
+        self.pairs = np.concatenate(
+            [np.stack([np.full(count, index), np.arange(count)], axis=1) for index, count in enumerate(counts)]
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -56,12 +52,16 @@ class PairStream:
         for index, row in self.pairs[batch_rows(len(self.pairs), self.spec.batch_size, step, self.seed)]:
             task = self.tasks[index]
             label = int(task.split.labels[row])
-            if rng.random() < self.spec.caption_noise:
-                label = int(rng.integers(len(task.classes)))
             images.append(task.split.images[row])
             captions.append(str(rng.choice(task.templates)).format(task.classes[label]))
             numbers.append(self.first_class[index] + label)
-        return torch.from_numpy(np.stack(images)), captions, torch.tensor(np.array(numbers))
+        return self._disturb(np.stack(images), rng), captions, torch.tensor(np.array(numbers))
+
+    def _disturb(self, images: np.ndarray, rng: np.random.Generator) -> Tensor:
+        if self.spec.image_noise == 0:
+            return torch.from_numpy(images)
+        noise = rng.standard_normal(images.shape, dtype=np.float32) * (255 * self.spec.image_noise)
+        return torch.from_numpy((images + noise).round().clip(0, 255).astype(np.uint8))
 
 
 def contrastive_loss(

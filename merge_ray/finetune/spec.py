@@ -48,12 +48,12 @@ class PretrainSpec(Recipe):
     Captions are the tasks' templates filled with the class names; images are the tasks' training images.
     """
 
-    fraction: float = Field(1.0, gt=0, le=1)
-    """The share of every task's training images that the base may see."""
-    class_fraction: float = Field(1.0, gt=0, le=1)
-    """The share of every task's classes, randomly chosen, whose images the base may see."""
-    caption_noise: float = Field(0.0, ge=0, lt=1)
-    """The share of the pairs whose caption names a random class of the task: captions from the web are noisy."""
+    image_noise: float = Field(0.0, ge=0, le=1)
+    """The standard deviation of noise on the images, as a share of the pixels' range.
+
+    A base that knows only noisy images is mediocre on clean ones, as a large model is on tasks that are far
+    from what it was trained on; part of what fine-tuning then adds is common to all tasks.
+    """
 
 
 class FinetuneSpec(Recipe):

@@ -103,9 +103,7 @@ def elect_sign(
     return chunked.elect_sign(task_vectors, thresholds, _whole(task_vectors, bounds), positive_tie)
 
 
-def select_elected(
-    task_vectors: Tensor, thresholds: Tensor, signs: Tensor, bounds: np.ndarray | None = None
-) -> Tensor:
+def select_elected(task_vectors: Tensor, thresholds: Tensor, signs: Tensor, bounds: np.ndarray | None = None) -> Tensor:
     """Task vectors ``[T, P]`` cut down to the trimmed entries that have their column's elected sign."""
     return chunked.select_elected(task_vectors, thresholds, signs, _whole(task_vectors, bounds))
 
@@ -134,9 +132,7 @@ def apply_masks(
     scale: float = 1.0,
 ) -> Tensor:
     """``out = base + scale * merged_task_vector`` where at least ``min_tasks`` tasks' masks hold, else base."""
-    _backend(out).apply_masks(
-        rule, _limits(limits), base, task_vectors, merged_task_vector, out, min_tasks, scale
-    )
+    _backend(out).apply_masks(rule, _limits(limits), base, task_vectors, merged_task_vector, out, min_tasks, scale)
     return out
 
 

@@ -23,9 +23,7 @@ def weighted_sum(task_vectors: Tensor, weights: Tensor, out: Tensor, base: Tenso
     """See :func:`merge_ray.kernels.weighted_sum`."""
     # Without a base the task vectors stand in for it, unread, so that one compiled kernel serves both.
     anchor = task_vectors[0] if base is None else base
-    over_columns(
-        _weighted_sum, len(out), task_vectors, weights, out, anchor, base is not None, np.float32(scale)
-    )
+    over_columns(_weighted_sum, len(out), task_vectors, weights, out, anchor, base is not None, np.float32(scale))
 
 
 @njit(nogil=True, cache=True)
