@@ -49,14 +49,17 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def task_spec(world: Path, task: str) -> dict[str, str]:
+    return {"name": task, "parquet": str(world / "data" / task / "{split}.parquet")}
+
+
 def make_spec(world: Path, output: str = "out", **changes: Any) -> FinetuneSpec:
-    tasks = [{"name": task, "parquet": str(world / "data" / task / "{split}.parquet")} for task in TASKS]
     raw = {
         "name": "tiny",
         "output": str(world / output),
         "architecture": str(world / "config.json"),
         "pretrain": RECIPE,
-        "tasks": tasks,
+        "tasks": [task_spec(world, task) for task in TASKS],
         "checkpoint_every": 2,
         **RECIPE,
         **changes,
@@ -68,7 +71,8 @@ def run(spec: FinetuneSpec, cache: Path) -> dict[str, dict[str, Tensor]]:
     """Run every job of ``spec`` in this process; returns the weights of the base and of every task."""
     make_base(spec, cache)
     write_results(spec, [finetune_task(spec, task.name, cache) for task in spec.tasks])
-    return {name: read_weights(spec.output / f"{name}.safetensors") for name in ("base", *TASKS)}
+    names = ["base", *(task.name for task in spec.tasks)]
+    return {name: read_weights(spec.output / f"{name}.safetensors") for name in names}
 
 
 class Killed(Exception):
@@ -301,6 +305,8 @@ def test_tasks_are_fine_tuned_on_ray(world: Path, ray_cluster: Any, monkeypatch:
     monkeypatch.setenv("MERGE_RAY_CACHE", str(world / "cache"))
     expected = run(make_spec(world, "alone"), world / "cache")
     spec = make_spec(world, "ray")
+    with pytest.raises(Killed):
+        make_base(spec, world / "cache", progress=kill_at(3))
     table = run_finetune(spec, 1, Progress(Console(quiet=True)))
     assert [column.header for column in table.columns] == ["task", "steps", "base", "fine-tuned", "seconds"]
     assert_alike(spec, expected)
@@ -311,8 +317,11 @@ def test_two_workers_share_a_task(world: Path, ray_cluster: Any, monkeypatch: py
     from merge_ray.cluster.training import run_finetune
 
     monkeypatch.setenv("MERGE_RAY_CACHE", str(world / "cache"))
-    expected = run(make_spec(world, "alone"), world / "cache")
-    spec = make_spec(world, "shared")
+    write_models(world / "models")
+    base = str(world / "models" / "base.safetensors")
+    changes: dict[str, Any] = {"pretrain": None, "base": base, "tasks": [task_spec(world, "ants")]}
+    expected = run(make_spec(world, "alone", **changes), world / "cache")
+    spec = make_spec(world, "shared", **changes)
     run_finetune(spec, 2, Progress(Console(quiet=True)))
     assert_alike(spec, expected)
 

@@ -49,7 +49,7 @@ class Shipped:
         for task in map(open_task, spec.tasks):
             split = task.cached("test", family.preprocessing.size, "bicubic", cache_directory())
             head = family.head(base, task.classes, task.templates)
-            self.data[task.name] = (torch.from_numpy(split.images[:SAMPLES]), split.labels[:SAMPLES], head)
+            self.data[task.name] = (torch.tensor(np.array(split.images[:SAMPLES])), split.labels[:SAMPLES], head)
 
     @torch.inference_mode()
     def accuracy(self, flat: Tensor, task: str) -> float:
