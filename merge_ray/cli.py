@@ -49,7 +49,7 @@ def sweep(
     for loaded in load_sweeps(spec, overrides or []):
         with Progress() as progress:
             directory = run_sweep(loaded, progress, retry_failed)
-        console.print(render(rank(read_rows(directory), loaded.evaluation.objective)))
+        _print(render(rank(read_rows(directory), loaded.evaluation.objective)))
         console.print(f"\nLeaderboard  {directory / 'leaderboard.parquet'}\nReport       {directory / 'report.html'}")
         console.print(f"Next         merge-ray export {directory} --best   (write the winner's weights)")
 

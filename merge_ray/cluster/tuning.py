@@ -131,6 +131,9 @@ def run_studies(
         tune_config=tune.TuneConfig(
             search_alg=SweepSearcher(studies, pool),
             num_samples=-1,
+            # The searcher itself hands out no more than the hosts take; without room for more than one pending
+            # trial Tune starts a new process for nearly every trial in spite of reuse_actors.
+            max_concurrent_trials=2 * len(pool.hosts),
             reuse_actors=True,
             trial_name_creator=lambda trial: _candidate(templates, trial).label,
             trial_dirname_creator=lambda trial: f"{trial.config['study']}-{trial.trial_id}",
