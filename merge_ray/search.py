@@ -121,8 +121,9 @@ def make_proposer(
 ) -> Proposer:
     """The proposer for one study.
 
-    searcher: one of :data:`SEARCHERS`. space: what varies, by parameter name; with nothing to vary there is
-    one proposal. tasks: the axes of per-task parameters. start: the parameters that TPE and CMA-ES begin with.
+    searcher: ``grid``, ``random``, ``optuna`` (TPE) or ``cmaes``. space: what varies, by parameter name; with
+    nothing to vary there is one proposal. tasks: the axes of per-task parameters. start: the parameters that TPE
+    and CMA-ES begin with. known: scored parameters to learn from.
     """
     if not space:
         return ListProposer([{}])
