@@ -51,11 +51,12 @@ def same_leaderboard(directory: Path, undisturbed: Path) -> None:
     pd.testing.assert_frame_equal(rank(read_rows(directory))[COLUMNS], expected)
 
 
-def command(spec: Path) -> subprocess.Popen[str]:
-    """The sweep as a user starts it, on a Ray of its own."""
+def command(spec: Path) -> subprocess.Popen[bytes]:
+    """The sweep as a user starts it, on a Ray of its own; what it says goes to ``output`` beside the spec."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     words = [sys.executable, "-m", "merge_ray", "sweep", str(spec)]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with spec.with_name("output").open("w") as output:
+        return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def test_killed_drivers_lose_nothing_and_repeat_nothing(world: Path, undisturbed: Path) -> None:
@@ -78,8 +79,7 @@ def test_killed_drivers_lose_nothing_and_repeat_nothing(world: Path, undisturbed
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive, "a killed driver leaves hosts behind"
     process = command(spec)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    assert process.wait(timeout=240) == 0, spec.with_name("output").read_text()
     assert ledger_files(directory).items() >= acknowledged.items()
     same_leaderboard(directory, undisturbed)
 
