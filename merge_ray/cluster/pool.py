@@ -30,7 +30,7 @@ class HostPool:
         self.hosts = list(hosts)
         # Held for as long as the pool: a restarted host maps the same objects again.
         self._shared = list(shared)
-        self._free = list(range(len(self.hosts)))
+        self._leases = [0] * len(self.hosts)
 
     @classmethod
     def start(
@@ -77,18 +77,17 @@ class HostPool:
             ray.kill(host)
         self._shared.clear()
 
-    def has_free(self) -> bool:
-        """Whether a host could be leased now."""
-        return bool(self._free)
-
-    def lease(self) -> int | None:
-        """The index of a free host, now taken; None if all are busy."""
-        return self._free.pop(0) if self._free else None
+    def lease(self, most: int = 1) -> int | None:
+        """The index of the host with the fewest leases, which now has one more; None if all have ``most``."""
+        index = min(range(len(self.hosts)), key=self._leases.__getitem__)
+        if self._leases[index] >= most:
+            return None
+        self._leases[index] += 1
+        return index
 
     def release(self, index: int) -> None:
-        """Give a leased host back."""
-        if index not in self._free:
-            self._free.append(index)
+        """Give a lease of a host back."""
+        self._leases[index] -= 1
 
     def score_all(
         self, candidates: Sequence[Candidate], references: Mapping[str, Mapping[str, float]] | None

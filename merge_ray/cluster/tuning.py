@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,12 +23,15 @@ from merge_ray.errors import LedgerError
 from merge_ray.search import Outcome
 from merge_ray.study import Study, outcome_of
 
+TRIALS_PER_HOST = 2
+
 
 class SweepSearcher(Searcher):
     """Hands the studies' candidates to Tune, the first study's first; a host that it leaves idle takes the next's.
 
     All studies share one Tune run: starting Tune's processes anew for each would cost seconds a study, and hosts
-    would wait for every study's last trial.
+    would wait for every study's last trial. Every host has one candidate that runs and one that waits for it, or Tune
+    would end the host's trial process between two trials.
     """
 
     def __init__(self, studies: Sequence[Study], pool: HostPool) -> None:
@@ -36,12 +40,14 @@ class SweepSearcher(Searcher):
         self.trials: dict[str, tuple[Study, str, int]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray's FINISHED is text
-        """A trial's configuration; None while no host is free or every study waits for outcomes."""
-        if not self.pool.has_free():
+        """A trial's configuration; None while every host has enough to do or every study waits for outcomes."""
+        host = self.pool.lease(TRIALS_PER_HOST)
+        if host is None:
             return None
         for study in self.studies:
             if not study.exhausted and (candidate := study.propose()) is not None:
-                return self._configuration(trial_id, study, candidate)
+                return self._configuration(trial_id, study, candidate, host)
+        self.pool.release(host)
         return Searcher.FINISHED if all(study.exhausted for study in self.studies) else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -61,9 +67,7 @@ class SweepSearcher(Searcher):
         """Tune pickles what it is given to files of its own, which nothing here reads."""
         return {}
 
-    def _configuration(self, trial_id: str, study: Study, candidate: Candidate) -> dict[str, Any]:
-        host = self.pool.lease()
-        assert host is not None
+    def _configuration(self, trial_id: str, study: Study, candidate: Candidate, host: int) -> dict[str, Any]:
         self.trials[trial_id] = (study, candidate.identity, host)
         return {
             "study": study.spec.name,
@@ -126,14 +130,11 @@ def run_studies(
     )
     callback = _TrialCallback(studies, ledger, progress)
     tuner = tune.Tuner(
-        # The hosts own the cores and devices; Tune will not take a request for nothing at all, so one byte.
-        tune.with_resources(trainable, {"memory": 1}),
+        tune.with_resources(trainable, lambda config: _trial_resources(config["host"], len(pool.hosts))),
         tune_config=tune.TuneConfig(
             search_alg=SweepSearcher(studies, pool),
             num_samples=-1,
-            # The searcher itself hands out no more than the hosts take; without room for more than one pending
-            # trial Tune starts a new process for nearly every trial in spite of reuse_actors.
-            max_concurrent_trials=2 * len(pool.hosts),
+            max_concurrent_trials=TRIALS_PER_HOST * len(pool.hosts),
             reuse_actors=True,
             trial_name_creator=lambda trial: _candidate(templates, trial).label,
             trial_dirname_creator=lambda trial: f"{trial.config['study']}-{trial.trial_id}",
@@ -151,6 +152,17 @@ def run_studies(
     tuner.fit()
     if callback.failure is not None:
         raise callback.failure
+
+
+def _trial_resources(host: int, hosts: int) -> tune.PlacementGroupFactory:
+    """What the trials of a host ask for: with it, Tune keeps one process a host, and reuses it for that host alone.
+
+    The hosts own the cores and devices; their trials only wait for them, beside the driver. Every node bears a
+    resource 1 of its own, and the head's is shared out so that no more processes than hosts can start (Ray takes four
+    decimals). Tune reuses a process for an equal request, hence a request of as many bytes as the host's number.
+    """
+    share = math.floor(10_000 / hosts) / 10_000
+    return tune.PlacementGroupFactory([{"node:__internal_head__": share, "memory": 1 + host}])
 
 
 def _candidate(templates: Mapping[str, Candidate], trial: Trial) -> Candidate:
