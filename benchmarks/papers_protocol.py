@@ -31,7 +31,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from merge_ray.checkpoints import read_weights
-from merge_ray.families import Family
+from merge_ray.families import ImageFamily, find_image_family
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.progress import Progress
 from merge_ray.spec import SweepSpec
@@ -57,14 +57,14 @@ class Problem:
     """Checkpoints and image sets in a folder, and what is needed to use them."""
 
     folder: Path
-    family: Family
+    family: ImageFamily
     tasks: list[str]
     heads: dict[str, Tensor]
 
 
 def prepare(spec: SweepSpec, folder: Path, progress: Progress) -> tuple[Problem, dict[str, Any]]:
     """Write checkpoints as ``<name>.pt`` and images as Parquet; returns the problem and merge-ray's spec for it."""
-    family = spec.models.open_family()
+    family = find_image_family(spec.models.family, spec.models.architecture)
     base = family.rename(read_weights(spec.models.base))
     locations = {"base": spec.models.base} | {name: spec.models.finetuned_location(name) for name in spec.task_names}
     heads, tasks = {}, []

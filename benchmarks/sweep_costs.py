@@ -27,7 +27,7 @@ from merge_ray.bank import Entry, Layout, ModelBank
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
-from merge_ray.evaluate import Evaluator, TaskData
+from merge_ray.evaluate import Evaluator
 from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank, make_heads
@@ -62,18 +62,17 @@ def evaluation_ratio(spec: SweepSpec, progress: Progress) -> float:
     skeleton = family.skeleton(bank, "cpu")
     tasks = [open_task(task) for task in spec.tasks]
     heads = make_heads(spec.models, tasks, base, progress)
-    size, interpolation = family.preprocessing.size, family.preprocessing.interpolation
     data = {}
     for task in tasks:
-        cached = task.cached("val", size, interpolation, cache_directory())
-        data[task.name] = TaskData(cached, torch.from_numpy(heads[task.name]), torch.device("cpu"), None)
+        split = family.open_split(task, "val", cache_directory())
+        data[task.name] = family.task_data(split, torch.from_numpy(heads[task.name]), torch.device("cpu"), None)
     batch = spec.evaluation.batch_size
     evaluator = Evaluator(skeleton, {"val": data}, batch, shards=spec.evaluation.shards)
     merged = make_method("task_arithmetic", {}).merge(MergeInputs(bank, out=skeleton.flat))
     batches = [
-        data[name].images(first, first + batch).clone()
+        data[name].inputs(slice(first, first + batch)).clone()
         for name in data
-        for first in range(0, len(data[name].labels), batch)
+        for first in range(0, len(data[name]), batch)
     ]
 
     def bare() -> None:
@@ -83,7 +82,7 @@ def evaluation_ratio(spec: SweepSpec, progress: Progress) -> float:
 
     def ours() -> None:
         for shard in range(spec.evaluation.shards):
-            evaluator.correct(merged, "val", shard)
+            evaluator.outcomes(merged, "val", shard)
 
     times: dict[Callable[[], None], list[float]] = {bare: [], ours: []}
     for _ in range(6):
@@ -136,7 +135,7 @@ def second_host(spec: SweepSpec, progress: Progress) -> float:
         "cpu",
         1,
     )
-    extras = {name: tensor.numpy() for name, tensor in spec.models.open_family().image_tower(small.extras).items()}
+    extras = {name: tensor.numpy() for name, tensor in spec.models.open_family().tower(small.extras).items()}
 
     def private(setup: HostSetup, arrays: dict[str, np.ndarray]) -> float:
         pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, arrays, extras)

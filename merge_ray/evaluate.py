@@ -6,25 +6,26 @@ the same samples in the same shards, and two candidates can be compared sample b
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merge_ray.families.base import Skeleton
-from merge_ray.methods.base import Merged
-from merge_ray.tasks import CachedSplit
-
-ORDER_SEED = 20
+from merge_ray.families import Positions, Skeleton, TaskData
+from merge_ray.methods.base import Merged, Predictor
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's score: ``value`` over ``count`` samples, and how it compares with the fine-tuned model's."""
+    """One task's score: ``value`` over ``count`` samples, and how it compares with the fine-tuned model's.
+
+    correct: packed bits, one a sample in order; empty for metrics that are not of single samples.
+    """
 
     task: str
     metric: str
@@ -36,29 +37,61 @@ class TaskScore:
     correct: bytes
 
 
-class TaskData:
-    """One task's split on a device: images uint8 ``[N, 3, S, S]``, labels ``[N]``, head ``[C, D]``, in order.
+class TaskModel:
+    """One task's samples on a split and the skeleton that answers them with whatever weights it holds.
 
-    On an accelerator the images are copied there once; on a CPU they stay in the memory-mapped cache.
+    What a method sees of a task that it declared to need (``unlabeled``), and what it answers through when it
+    predicts sample by sample. Positions count in the fixed order of evaluation.
     """
 
-    def __init__(self, split: CachedSplit, head: Tensor, device: torch.device, max_samples: int | None) -> None:
-        self.order = evaluation_order(len(split.labels), max_samples)
-        self.labels = torch.from_numpy(split.labels[self.order]).to(device)
-        self.head = head.to(device)
-        self._images = split.images
-        self._resident = torch.from_numpy(split.images[self.order]).to(device) if device.type != "cpu" else None
+    def __init__(self, task: str, split: str, skeleton: Skeleton, data: TaskData, batch_size: int) -> None:
+        self.task, self.split, self.batch_size = task, split, batch_size
+        self.skeleton, self.data = skeleton, data
 
-    def images(self, start: int, stop: int) -> Tensor:
-        """The images at positions ``start`` to ``stop`` of the order, uint8 ``[B, 3, S, S]``."""
-        if self._resident is not None:
-            return self._resident[start:stop]
-        return torch.from_numpy(self._images[self.order[start:stop]])
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def flat(self) -> Tensor:
+        """The weights ``[P]`` that answer; write here before asking."""
+        return self.skeleton.flat
+
+    def inputs(self, positions: Positions) -> Any:
+        """What the skeleton takes for the samples at ``positions``."""
+        return self.data.inputs(positions)
+
+    def logits(self, inputs: Any) -> Tensor:
+        """Answers ``[B, C]`` to :meth:`inputs`, with a graph where gradients are enabled."""
+        return self.data.logits(self.skeleton, inputs)
+
+    def all_logits(self) -> Tensor:
+        """Answers ``[N, C]`` to all samples, in batches and without a graph."""
+        with torch.inference_mode():
+            return torch.cat([self.logits(self.inputs(part)) for part in self.batches(0, len(self))])
+
+    def outcomes(self, positions: Positions) -> Tensor:
+        """What is kept of every answer: for accuracy, whether it is right, bool ``[B]``."""
+        return self.data.outcomes(self.skeleton, positions)
+
+    def outcomes_of(self, logits: Tensor, positions: Positions) -> Tensor:
+        """The outcomes of given logits ``[B, C]``."""
+        return self.data.outcomes_of(logits, positions)
+
+    def batches(self, start: int, stop: int) -> Iterator[slice]:
+        """The positions from ``start`` to ``stop`` in batches."""
+        for first in range(start, stop, self.batch_size):
+            yield slice(first, min(first + self.batch_size, stop))
 
 
-def evaluation_order(count: int, max_samples: int | None) -> np.ndarray:
-    """The fixed random order of ``count`` samples, cut to ``max_samples``."""
-    return np.random.default_rng(ORDER_SEED).permutation(count)[:max_samples]
+@dataclass(frozen=True)
+class UnlabeledSamples:
+    """What :attr:`merge_ray.methods.base.MergeInputs.unlabeled` gives: every task's samples on one split."""
+
+    models: Mapping[str, TaskModel]
+
+    def gradient(self) -> AbstractContextManager[Tensor]:
+        """See :meth:`merge_ray.families.Skeleton.gradient`."""
+        return next(iter(self.models.values())).skeleton.gradient()
 
 
 class Evaluator:
@@ -71,39 +104,47 @@ class Evaluator:
         self, skeleton: Skeleton, data: Mapping[str, Mapping[str, TaskData]], batch_size: int, shards: int
     ) -> None:
         self.skeleton = skeleton
-        self.data = data
-        self.batch_size = batch_size
         self.shards = shards
+        self.models = {
+            split: {task: TaskModel(task, split, skeleton, part, batch_size) for task, part in parts.items()}
+            for split, parts in data.items()
+        }
 
-    def correct(self, merged: Merged, split: str, shard: int | None = None) -> dict[str, np.ndarray]:
-        """For every task, which of the shard's samples (of all samples, without a shard) are answered rightly."""
+    def outcomes(self, merged: Merged, split: str, shard: int | None = None) -> dict[str, np.ndarray]:
+        """For every task, what is kept of the answers to the shard's samples (to all samples, without a shard)."""
         if merged.shared:
-            merged.write(next(iter(self.data[split])), self.skeleton.flat)
-        answers = {}
-        for task in self.data[split]:
-            if not merged.shared:
-                merged.write(task, self.skeleton.flat)
-            answers[task] = self._forward(split, task, shard)
-        return answers
+            merged.write(next(iter(self.models[split])), self.skeleton.flat)
+        return {task: self._outcomes(merged, model, shard) for task, model in self.models[split].items()}
 
-    def accuracy(self, merged: Merged, task: str) -> float:
-        """The accuracy of ``merged`` on all validation samples of ``task``."""
-        merged.write(task, self.skeleton.flat)
-        return float(self._forward("val", task, None).mean())
+    def score(self, merged: Merged, task: str) -> float:
+        """The metric of ``merged`` on all validation samples of ``task``."""
+        model = self.models["val"][task]
+        if merged.shared:
+            merged.write(task, self.skeleton.flat)
+        return model.data.score(self._outcomes(merged, model, None))[0]
+
+    def summarize(
+        self,
+        outcomes: Mapping[str, np.ndarray],
+        split: str,
+        references: Mapping[str, float] | None,
+        objective: str,
+    ) -> dict[str, Any]:
+        """The ledger's columns for the outcomes of every task; see :func:`score_tasks`."""
+        data = {task: model.data for task, model in self.models[split].items()}
+        return summarize(score_tasks(outcomes, data, references), objective)
 
     @torch.inference_mode()
-    def _forward(self, split: str, task: str, shard: int | None) -> np.ndarray:
-        data = self.data[split][task]
-        start, stop = self._bounds(len(data.labels), shard)
-        hits = []
-        for first in range(start, stop, self.batch_size):
-            last = min(first + self.batch_size, stop)
-            features = self.skeleton(data.images(first, last))
-            logits = features @ data.head.T
-            if not bool(torch.isfinite(logits).all()):
-                raise FloatingPointError(f"the merged model's logits on {task!r} are not finite")
-            hits.append(logits.argmax(dim=1) == data.labels[first:last])
-        return torch.cat(hits).cpu().numpy() if hits else np.zeros(0, dtype=bool)
+    def _outcomes(self, merged: Merged, model: TaskModel, shard: int | None) -> np.ndarray:
+        if isinstance(merged, Predictor):
+            ask: Callable[[Positions], Tensor] = partial(merged.outcomes, model)
+        else:
+            if not merged.shared:
+                merged.write(model.task, self.skeleton.flat)
+            ask = model.outcomes
+        start, stop = self._bounds(len(model), shard)
+        parts = [ask(positions) for positions in model.batches(start, stop)]
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=bool)
 
     def _bounds(self, count: int, shard: int | None) -> tuple[int, int]:
         if shard is None:
@@ -111,25 +152,28 @@ class Evaluator:
         return count * shard // self.shards, count * (shard + 1) // self.shards
 
 
-def score_tasks(correct: Mapping[str, np.ndarray], references: Mapping[str, float] | None) -> list[TaskScore]:
-    """Each task's accuracy, its standard error, and its share of the fine-tuned model's accuracy.
+def score_tasks(
+    outcomes: Mapping[str, np.ndarray], data: Mapping[str, TaskData], references: Mapping[str, float] | None
+) -> list[TaskScore]:
+    """Each task's metric, its standard error, and its share of the fine-tuned model's.
 
-    Without ``references`` the scores are their own reference: these are the fine-tuned models.
+    outcomes: of the first samples of each task's order. Without ``references`` the scores are their own reference:
+    these are the fine-tuned models.
     """
     scores = []
-    for task, answers in correct.items():
-        value, count = float(answers.mean()), len(answers)
+    for task, kept in outcomes.items():
+        value, error = data[task].score(kept)
         reference = references[task] if references else value
         scores.append(
             TaskScore(
                 task=task,
-                metric="accuracy",
+                metric=data[task].metric,
                 value=value,
-                count=count,
-                standard_error=math.sqrt(value * (1 - value) / count),
+                count=len(kept),
+                standard_error=error,
                 reference=reference,
                 normalized=value / reference if reference else None,
-                correct=np.packbits(answers).tobytes(),
+                correct=np.packbits(kept).tobytes() if kept.dtype == bool else b"",
             )
         )
     return scores

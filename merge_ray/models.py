@@ -12,7 +12,7 @@ from merge_ray.bank import ModelBank, digest
 from merge_ray.candidate import fingerprint_of
 from merge_ray.checkpoints import read_weights, write_safetensors
 from merge_ray.errors import CheckpointError
-from merge_ray.families import Family, head_from_state
+from merge_ray.families import Family, ImageFamily, head_from_state
 from merge_ray.progress import Progress
 from merge_ray.spec import ModelsSpec
 from merge_ray.tasks import Task, cache_directory
@@ -37,9 +37,14 @@ def _read(family: Family, location: str) -> dict[str, Tensor]:
 def make_heads(
     models: ModelsSpec, tasks: Sequence[Task], base: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, np.ndarray]:
-    """Every task's head ``[C, D]`` float32: read where the spec names it, or made by the base's text tower."""
+    """Every task's head ``[C, D]`` float32: read where the spec names it, or made by the base's text tower.
+
+    Empty for families without heads.
+    """
     family = models.open_family()
-    image_tower = family.image_tower(base)
+    if not isinstance(family, ImageFamily):
+        return {}
+    image_tower = family.tower(base)
     text_tower = {name: digest(tensor) for name, tensor in base.items() if name not in image_tower}
     heads = {}
     for task in tasks:
@@ -54,7 +59,7 @@ def make_heads(
 
 
 def _zero_shot_head(
-    family: Family, base: Mapping[str, Tensor], task: Task, text_tower: Mapping[str, str], progress: Progress
+    family: ImageFamily, base: Mapping[str, Tensor], task: Task, text_tower: Mapping[str, str], progress: Progress
 ) -> Tensor:
     """The head from the text tower, from the cache if it was made before from the same tower and prompts."""
     key = fingerprint_of([family.name, family.architecture, dict(text_tower), list(task.classes), list(task.templates)])

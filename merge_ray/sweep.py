@@ -26,7 +26,7 @@ from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
-from merge_ray.evaluate import ORDER_SEED
+from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import make_method
 from merge_ray.models import load_bank, make_heads
@@ -171,21 +171,19 @@ def _own_directory(directory: Path) -> Iterator[None]:
 def _prepare_data(
     spec: SweepSpec, base: Mapping[str, torch.Tensor], progress: Progress
 ) -> tuple[dict[str, dict[str, str]], dict[str, np.ndarray]]:
-    """Decode every split once into the cache and make the heads.
+    """Prepare every split once in the cache and make the heads.
 
     Returns the splits' fingerprints ``{split: {task: fingerprint}}`` and the heads ``{task: [C, D]}``.
     """
     tasks = [open_task(task) for task in spec.tasks]
     heads = make_heads(spec.models, tasks, base, progress)
-    preprocessing = spec.models.open_family().preprocessing
+    family = spec.models.open_family()
     fingerprints: dict[str, dict[str, str]] = {"val": {}, "test": {}}
     for task in tasks:
         cached = {}
         for split in ("train", "val", "test") if "train" in task.splits else ("val", "test"):
-            with progress.counted(f"decode {task.name} {split}") as update:
-                cached[split] = task.cached(
-                    split, preprocessing.size, preprocessing.interpolation, cache_directory(), update
-                )
+            with progress.counted(f"prepare {task.name} {split}") as update:
+                cached[split] = family.open_split(task, split, cache_directory(), update)
         for split in fingerprints:
             fingerprints[split][task.name] = cached[split].fingerprint
         for first, second in (("train", "test"), ("val", "test"), ("train", "val")):
@@ -236,7 +234,7 @@ def _start_actors(
     spec: SweepSpec, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
-    extras = spec.models.open_family().image_tower(bank.extras)
+    extras = spec.models.open_family().tower(bank.extras)
     setup = HostSetup(
         models=spec.models,
         tasks=tuple(spec.tasks),

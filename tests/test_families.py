@@ -74,11 +74,11 @@ def test_skeleton_gives_the_features_of_open_clip(family: ClipFamily) -> None:
     model = family.build().eval()
     batch = images()
     expected = model.encode_image(normalize(batch), normalize=True)
-    torch.testing.assert_close(fill(family, family.image_tower(model.state_dict()))(batch), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fill(family, family.tower(model.state_dict()))(batch), expected, atol=1e-6, rtol=0)
 
 
 def test_writing_into_flat_changes_the_model_at_once(family: ClipFamily) -> None:
-    first, second = (family.image_tower(family.build().state_dict()) for _ in range(2))
+    first, second = (family.tower(family.build().state_dict()) for _ in range(2))
     skeleton, batch = fill(family, first), images()
     before = skeleton(batch)
     skeleton.flat.copy_(skeleton.layout.flatten(second))
@@ -90,18 +90,18 @@ def test_a_text_tower_in_the_layout_only_takes_its_place(family: ClipFamily) -> 
     state, batch = dict(family.build().state_dict()), images()
     skeleton = fill(family, state)
     assert skeleton.flat.numel() == sum(tensor.numel() for tensor in state.values())
-    torch.testing.assert_close(skeleton(batch), fill(family, family.image_tower(state))(batch))
+    torch.testing.assert_close(skeleton(batch), fill(family, family.tower(state))(batch))
 
 
 def test_tensors_outside_the_layout_come_from_the_extras(family: ClipFamily) -> None:
-    state, batch = family.image_tower(family.build().state_dict()), images()
+    state, batch = family.tower(family.build().state_dict()), images()
     part = fill(family, {**state, "visual.proj": state["visual.proj"].half().float()}, set(state) - {"visual.proj"})
     assert part.flat.numel() == sum(tensor.numel() for tensor in state.values()) - 32 * 24
     torch.testing.assert_close(part(batch), fill(family, state)(batch), atol=1e-3, rtol=0)
 
 
 def test_weights_that_do_not_fit_are_listed(family: ClipFamily) -> None:
-    state = family.image_tower(family.build().state_dict())
+    state = family.tower(family.build().state_dict())
     state["visual.ln_post.bias"] = torch.zeros(31)
     del state["visual.proj"]
     with pytest.raises(CheckpointError) as error:
@@ -113,7 +113,7 @@ def test_weights_that_do_not_fit_are_listed(family: ClipFamily) -> None:
 def test_image_encoder_has_weights_of_its_own(family: ClipFamily) -> None:
     state, batch = family.build().state_dict(), images()
     encoder = family.image_encoder(state, "cpu")
-    torch.testing.assert_close(encoder(batch), fill(family, family.image_tower(state))(batch), atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder(batch), fill(family, family.tower(state))(batch), atol=1e-6, rtol=0)
     before = state["visual.proj"].clone()
     encoder.tower.get_parameter("proj").data.add_(1)
     assert state["visual.proj"].equal(before)
@@ -134,7 +134,7 @@ def test_head_is_the_scaled_mean_of_the_prompts(family: ClipFamily) -> None:
 
 def test_head_needs_the_text_tower(family: ClipFamily) -> None:
     with pytest.raises(CheckpointError, match="zero-shot heads need the text tower"):
-        family.head(family.image_tower(family.build().state_dict()), ["red"], ["{}"])
+        family.head(family.tower(family.build().state_dict()), ["red"], ["{}"])
 
 
 def test_words_outside_the_vocabulary_are_spelled() -> None:
@@ -159,7 +159,7 @@ def test_named_architectures_build_without_weights(name: str) -> None:
     assert isinstance(family, ClipFamily)
     with torch.device("meta"):
         model = family.build()
-    tower = family.image_tower(model.state_dict())
+    tower = family.tower(model.state_dict())
     skeleton_size = {"ViT-B-32": 87_849_216, "ViT-B-16": 86_192_640, "ViT-L-14": 303_966_208}
     assert sum(tensor.numel() for tensor in tower.values()) == skeleton_size[name.removesuffix("-quickgelu")]
     assert family.preprocessing.key == "224-bicubic"

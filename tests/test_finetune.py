@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from merge_ray.checkpoints import read_weights
 from merge_ray.errors import CheckpointError, MergeRayError, SpecError
-from merge_ray.families import find_family
+from merge_ray.families import find_image_family
 from merge_ray.finetune import (
     FinetuneSpec,
     Recipe,
@@ -99,7 +99,8 @@ def assert_alike(spec: FinetuneSpec, expected: dict[str, dict[str, Tensor]]) -> 
     Weights are not compared: AdamW makes full steps of a gradient that is nothing but rounding, as that of the
     attention's key biases, which change no output.
     """
-    family, images = find_family("clip", spec.architecture), torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    family = find_image_family("clip", spec.architecture)
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     for name, weights in expected.items():
         found = family.image_encoder(read_weights(spec.output / f"{name}.safetensors"), "cpu")
         torch.testing.assert_close(found(images), family.image_encoder(weights, "cpu")(images), atol=1e-3, rtol=0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_ray.bank import ModelBank
 from merge_ray.checkpoints import open_location, read_metadata, read_weights
-from merge_ray.families import find_family
+from merge_ray.families import find_image_family
 from merge_ray.finetune import FinetuneSpec, read_result
 from merge_ray.progress import Progress
 from merge_ray.spec_files import load_spec
@@ -41,7 +41,7 @@ class Shipped:
 
     def __init__(self, spec: FinetuneSpec) -> None:
         self.tasks = [task.name for task in spec.tasks]
-        family = find_family(spec.family, spec.architecture)
+        family = find_image_family(spec.family, spec.architecture)
         base = read_weights(shipped("base"))
         self.bank = ModelBank.build(base, {name: read_weights(shipped(name)) for name in self.tasks})
         self.skeleton = family.skeleton(self.bank, "cpu")

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
+METHODS = {"pretrained", "finetuned", "task_arithmetic", "ties", "tall_mask"}
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -25,10 +28,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def head() -> Iterator[dict[str, str]]:
     """A head node of its own; gives the environment that finds it."""
     port, dashboard = free_port(), free_port()
-    folder = tmp_path_factory.mktemp("ray")
+    # A folder of its own, or this cluster would be found by later tests; short, for the sockets in it.
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
     environment = {
         **os.environ,
         # Ray turns tokens on by default; an address that is named explicitly has to say so, too.
@@ -36,7 +40,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
         "RAY_ADDRESS": f"127.0.0.1:{port}",
     }
-    words = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
+    words = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+    ]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen([*words, "--disable-usage-stats"], env=environment, stdout=log, stderr=log)
     deadline = time.monotonic() + 90
@@ -61,7 +74,7 @@ def confirmed(directory: Path) -> set[str]:
 def test_a_sweep_joins_a_running_ray_and_leaves_it_running(head: dict[str, str], tmp_path: Path) -> None:
     spec = tiny.write_world(tmp_path)
     output = run([sys.executable, "-m", "merge_ray", "sweep", str(spec)], head, tmp_path)
-    assert confirmed(tmp_path / "results" / "tiny") == {"pretrained", "finetuned", "task_arithmetic", "ties"}
+    assert confirmed(tmp_path / "results" / "tiny") == METHODS
     assert "merge-ray export" in output
     assert "2.0 CPU" in subprocess.run([RAY, "status"], env=head, capture_output=True, text=True).stdout
 
@@ -76,4 +89,4 @@ def test_a_sweep_runs_as_a_job(head: dict[str, str], tmp_path: Path, monkeypatch
     environment = {name: value for name, value in head.items() if name != "RAY_ADDRESS"}
     output = run([*words, sys.executable, "-m", "merge_ray", "sweep", "sweep.yaml"], environment, folder)
     assert "succeeded" in output
-    assert confirmed(results / "tiny") == {"pretrained", "finetuned", "task_arithmetic", "ties"}
+    assert confirmed(results / "tiny") == METHODS

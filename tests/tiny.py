@@ -38,7 +38,7 @@ def write_models(folder: Path, tasks: Sequence[str] = TASKS, seed: int = 0) -> N
     base = {name: tensor.clone().contiguous() for name, tensor in family.build().state_dict().items()}  # type: ignore[attr-defined]
     save_file(base, folder / "base.safetensors")
     for task in tasks:
-        tower = family.image_tower(base)
+        tower = family.tower(base)
         tuned = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in tower.items()}
         save_file(tuned, folder / f"{task}.safetensors")
 

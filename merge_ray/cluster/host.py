@@ -17,8 +17,8 @@ import torch
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
-from merge_ray.evaluate import Evaluator, TaskData, score_tasks, summarize
-from merge_ray.families import find_family
+from merge_ray.evaluate import Evaluator
+from merge_ray.families import Family, TaskData, find_family
 from merge_ray.methods.base import MergeCache, Merged, MergeInputs
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.tasks import TaskSpec, open_task
@@ -61,7 +61,7 @@ class ModelHost:
         family = find_family(setup.models.family, setup.models.architecture)
         self.evaluator = Evaluator(
             family.skeleton(self.bank, self.device),
-            {split: self._load(split, family.preprocessing) for split in ("val", "test")},
+            {split: self._load(family, split) for split in ("val", "test")},
             setup.evaluation.batch_size,
             setup.evaluation.shards,
         )
@@ -70,12 +70,13 @@ class ModelHost:
         self.merged: Merged | None = None
         self._forget()
 
-    def _load(self, split: str, preprocessing: Any) -> dict[str, TaskData]:
+    def _load(self, family: Family, split: str) -> dict[str, TaskData]:
         limit = self.setup.evaluation.max_samples if split == "val" else None
         data = {}
         for spec in self.setup.tasks:
-            cached = open_task(spec).cached(split, preprocessing.size, preprocessing.interpolation, self.setup.cache)
-            data[spec.name] = TaskData(cached, torch.from_numpy(self.setup.heads[spec.name].copy()), self.device, limit)
+            prepared = family.open_split(open_task(spec), split, self.setup.cache)
+            head = torch.from_numpy(self.setup.heads[spec.name].copy()) if family.needs_heads else None
+            data[spec.name] = family.task_data(prepared, head, self.device, limit)
         return data
 
     def score(self, candidate: Candidate, shard: int | None, references: Mapping[str, float] | None) -> dict[str, Any]:
@@ -87,15 +88,15 @@ class ModelHost:
         merged = self._merge(candidate)
         started = time.perf_counter()
         if shard is None:
-            answers = self.evaluator.correct(merged, candidate.split)
+            outcomes = self.evaluator.outcomes(merged, candidate.split)
         else:
-            while len(self.answers) <= shard:
-                self.answers.append(self.evaluator.correct(merged, candidate.split, len(self.answers)))
-            parts = self.answers[: shard + 1]
-            answers = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
+            while len(self.outcomes) <= shard:
+                self.outcomes.append(self.evaluator.outcomes(merged, candidate.split, len(self.outcomes)))
+            parts = self.outcomes[: shard + 1]
+            outcomes = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
         self.seconds_evaluate += time.perf_counter() - started
         return {
-            **summarize(score_tasks(answers, references), self.setup.evaluation.objective),
+            **self.evaluator.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
             "seconds_merge": self.seconds_merge,
             "seconds_evaluate": self.seconds_evaluate,
@@ -127,7 +128,7 @@ class ModelHost:
             seed=candidate.seed,
             out=self.evaluator.skeleton.flat,
             cache=self.cache,
-            resources={"validation": self.evaluator.accuracy},
+            resources={"validation": self.evaluator.score},
             needs=method.needs,
         )
         started = time.perf_counter()
@@ -141,7 +142,7 @@ class ModelHost:
     def _forget(self) -> None:
         self.merged = None
         self.candidate = ""
-        self.answers: list[dict[str, np.ndarray]] = []
+        self.outcomes: list[dict[str, np.ndarray]] = []
         self.seconds_evaluate = 0.0
 
     def _reset_peak_memory(self) -> None:

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from merge_ray.bank import Layout
 from merge_ray.checkpoints import open_location
 from merge_ray.errors import CheckpointError, SpecError, choose_from
-from merge_ray.families.base import Family, ImageEncoder, Preprocessing, Skeleton, load_tower, register_family
+from merge_ray.families.base import Skeleton, register_family
 from merge_ray.families.clip_names import to_huggingface, to_open_clip
+from merge_ray.families.images import ImageEncoder, ImageFamily, ImageSkeleton, Preprocessing, load_tower
 from merge_ray.families.words import WordTokenizer
 
 IMAGE_TOWER = "visual."
@@ -28,7 +29,7 @@ ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 
 
 @register_family("clip")
-class ClipFamily(Family):
+class ClipFamily(ImageFamily):
     """A CLIP model, native in open_clip's layout.
 
     architecture: one of open_clip's names (``ViT-B-32``; OpenAI's weights need ``ViT-B-32-quickgelu``), or the
@@ -70,20 +71,20 @@ class ClipFamily(Family):
         """See :func:`merge_ray.families.clip_names.to_open_clip`."""
         return to_open_clip(state)
 
-    def image_tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under ``visual.``."""
         return {name: tensor for name, tensor in state.items() if name.startswith(IMAGE_TOWER)}
 
     def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
         """The image tower over a zeroed flat buffer; no text tower is built."""
-        return Skeleton(self._tower(), self.preprocessing, layout, extras, device, prefix=IMAGE_TOWER)
+        return ImageSkeleton(self._tower(), self.preprocessing, layout, extras, device, prefix=IMAGE_TOWER)
 
     def image_encoder(self, state: Mapping[str, Tensor], device: torch.device | str) -> ImageEncoder:
         """The image tower with a copy of the weights under ``visual.``."""
-        tower = self._tower()
-        copies = {name: tensor.clone() for name, tensor in self.image_tower(state).items()}
-        load_tower(tower, copies, IMAGE_TOWER, device)
-        return ImageEncoder(tower, self.preprocessing, device, IMAGE_TOWER)
+        encoder = self._tower()
+        copies = {name: tensor.clone() for name, tensor in self.tower(state).items()}
+        load_tower(encoder, copies, IMAGE_TOWER, device)
+        return ImageEncoder(encoder, self.preprocessing, device, IMAGE_TOWER)
 
     def _tower(self) -> nn.Module:
         with _UninitializedWeights():

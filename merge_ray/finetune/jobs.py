@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from merge_ray.checkpoints import fingerprint_file, read_metadata, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError, SpecError
-from merge_ray.families import Family, ImageEncoder, find_family
+from merge_ray.families import Family, ImageEncoder, find_family, find_image_family
 from merge_ray.families.clip import IMAGE_TOWER, ClipFamily
 from merge_ray.finetune.pretraining import Captioned, PairStream, contrastive_loss
 from merge_ray.finetune.spec import FinetuneSpec, PretrainSpec
@@ -113,7 +113,7 @@ def finetune_task(
 
     The base must be there (:func:`make_base`). Only worker 0 writes. ``progress(done, total)`` counts steps.
     """
-    family = find_family(spec.family, spec.architecture)
+    family = find_image_family(spec.family, spec.architecture)
     train, validation = (_split(spec, name, split, family, cache) for split in ("train", "val"))
     classes, templates = _words(spec, name)
     base_path, path = spec.output / BASE, spec.output / f"{name}.safetensors"
@@ -203,8 +203,7 @@ def _names(spec: FinetuneSpec) -> list[str]:
 
 
 def _split(spec: FinetuneSpec, name: str, split: str, family: Family, cache: Path) -> CachedSplit:
-    preprocessing = family.preprocessing
-    return open_task(spec.task(name)).cached(split, preprocessing.size, preprocessing.interpolation, cache)
+    return family.open_split(open_task(spec.task(name)), split, cache)
 
 
 def _words(spec: FinetuneSpec, name: str) -> tuple[list[str], list[str]]:

@@ -11,7 +11,8 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,8 +22,9 @@ from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.space import PerTask, Space
 
-NEEDS = frozenset({"validation"})
-"""What a method may ask for beyond the bank: ``validation`` scores merged weights on validation data."""
+NEEDS = frozenset({"unlabeled", "validation"})
+"""What a method may ask for beyond the bank: ``validation`` scores merged weights on validation data, ``unlabeled``
+gives samples without their labels."""
 
 
 def param(default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, help: str) -> Any:
@@ -77,6 +79,58 @@ class SharedWeights(Merged):
         return self.bank.model_bytes
 
 
+class Predictor(Merged):
+    """The answer of a method whose weights depend on the sample: it answers the samples itself."""
+
+    shared = False
+
+    @abstractmethod
+    def outcomes(self, model: TaskModel, positions: Any) -> Tensor:
+        """``model.outcomes`` ``[B]`` of the samples at ``positions``, each answered with the weights made for it."""
+
+    def write(self, task: str, out: Tensor) -> None:
+        """There are no weights that answer a whole task."""
+        raise ParameterError(f"{self.resolved.name} makes weights for every sample; there are none to write down")
+
+
+class TaskModel(Protocol):
+    """One task's samples, in a fixed random order, and the model that answers them with the weights in ``flat``.
+
+    task, split: which samples. flat: the weights ``[P]``, to be written before asking. Positions are a slice or
+    integers ``[B]``. :class:`merge_ray.evaluate.TaskModel` is it.
+    """
+
+    task: str
+    split: str
+
+    @property
+    def flat(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def inputs(self, positions: Any) -> Any: ...
+
+    def logits(self, inputs: Any) -> Tensor: ...
+
+    def all_logits(self) -> Tensor: ...
+
+    def outcomes(self, positions: Any) -> Tensor: ...
+
+    def outcomes_of(self, logits: Tensor, positions: Any) -> Tensor: ...
+
+
+class Unlabeled(Protocol):
+    """The unlabelled samples of every task that a method may adapt on.
+
+    models: by task. gradient: a context in which ``backward`` adds the gradient of the weights to the buffer ``[P]``
+    that it gives, zero at first.
+    """
+
+    models: Mapping[str, TaskModel]
+
+    def gradient(self) -> AbstractContextManager[Tensor]: ...
+
+
 class MergeInputs:
     """All that a method may see: the bank, a seed, a buffer to merge into, and what it declared to need.
 
@@ -111,6 +165,11 @@ class MergeInputs:
     def validation(self) -> Callable[[Merged, str], float]:
         """``validation(merged, task)``: the metric of merged weights on the task's validation split."""
         return self._need("validation")
+
+    @property
+    def unlabeled(self) -> Unlabeled:
+        """The unlabelled samples of every task, and the model that answers them."""
+        return self._need("unlabeled")
 
     def _need(self, name: str) -> Any:
         if name not in self._needs:
@@ -190,6 +249,48 @@ class Method(ABC):
         return {
             name: dict(sorted(value.items())) if isinstance(value, Mapping) else value for name, value in values.items()
         }
+
+
+class Learner(ABC):
+    """A merge that is learned step by step, and can be put aside and taken up again between any two steps.
+
+    step: how many steps are done.
+    """
+
+    step: int
+
+    @abstractmethod
+    def advance(self, steps: int) -> float:
+        """Do ``steps`` more; returns their mean loss. Raises :class:`FloatingPointError` when it is not finite."""
+
+    @abstractmethod
+    def merged(self) -> Merged:
+        """The merge with what is learned so far; ``resolved`` names nothing that is yet to be learned."""
+
+    @abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """All that :meth:`load` needs to go on as if nothing had happened."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a :meth:`state`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedMethod(Method):
+    """A method that learns on unlabelled samples in ``steps`` steps."""
+
+    steps: int
+
+    @abstractmethod
+    def learner(self, inputs: MergeInputs) -> Learner:
+        """A learner at its first step."""
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Learn all steps at once."""
+        learner = self.learner(inputs)
+        learner.advance(self.steps)
+        return learner.merged()
 
 
 AnyMethod = TypeVar("AnyMethod", bound=type[Method])
