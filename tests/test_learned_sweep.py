@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,26 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import ray
 import tiny
 import torch
 
 from merge_ray.bank import ModelBank
 from merge_ray.checkpoints import read_weights
+from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.cluster.learned import Learned
+from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.tuning import run_studies
 from merge_ray.export import export_merge
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
+from merge_ray.spec import StudySpec
 from merge_ray.spec_files import load_sweeps
+from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
 
 pytestmark = pytest.mark.ray
@@ -36,8 +44,8 @@ ADAMERGING = {"method": "adamerging", "searcher": "grid"}
 STUDIES: dict[str, Any] = {
     "layers": {
         **ADAMERGING,
-        "parameters": {"steps": 600, "batch_size": 4},
-        "space": {"learning_rate": [0.001, 0.05, 0.1]},
+        "parameters": {"steps": 60, "batch_size": 4},
+        "space": {"learning_rate": [0.001, 0.1]},
         "scheduler": "asha",
     },
     "tasks": {**ADAMERGING, "parameters": {"steps": 12, "granularity": "task", "task_vectors": "ties"}},
@@ -117,7 +125,7 @@ def test_a_sweep_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(world
     process.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs([child for child in children if "Host" in child.name()], timeout=30)
-    assert any(0 < Learned.read(path).step < 600 for path in saved)
+    assert any(0 < Learned.read(path).step < 60 for path in saved)
     process = command(spec)
     assert process.wait(timeout=240) == 0, spec.with_name("output").read_text()
     pd.testing.assert_frame_equal(rank(read_rows(directory))[COLUMNS], rank(read_rows(finished))[COLUMNS])
@@ -128,10 +136,7 @@ def test_a_sweep_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(world
 
 
 def test_transductive_sweeps_learn_on_the_test_inputs_and_say_so(world: Path, finished: Path) -> None:
-    studies = {
-        "tasks": STUDIES["tasks"],
-        "task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.3]}},
-    }
+    studies = {"tasks": STUDIES["tasks"]}
     evaluation = {"batch_size": 16, "shards": 2, "transductive": True}
     directory = sweep(world, name="transductive", studies=studies, evaluation=evaluation)
     rows = read_rows(directory)
@@ -140,3 +145,44 @@ def test_transductive_sweeps_learn_on_the_test_inputs_and_say_so(world: Path, fi
     before = read_rows(finished)
     [inductive] = before[(before["study"] == "tasks") & (before["split"] == "test")]["resolved"]
     assert json.loads(flagged["resolved"].item())["coefficients"] != json.loads(inductive)["coefficients"]
+
+
+@ray.remote
+class StandIn:
+    """A host on which the objective is the learning rate, and one learning rate gives no number."""
+
+    def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
+        if candidate.parameters["learning_rate"] == 0.5:
+            raise FloatingPointError("the entropy is not finite in step 3")
+        return replace(learned, step=learned.step + steps, loss=1.0, state={"steps": np.array(learned.step + steps)})
+
+    def score(self, candidate: Candidate, shard: int, references: Any, learned: Learned) -> dict[str, Any]:
+        assert learned.step == 60 or shard == 0
+        value = candidate.parameters["learning_rate"]
+        return {"objective": value, "mean": value, "normalized_mean": value, "samples": learned.step}
+
+
+def test_losers_are_stopped_while_they_learn_and_a_loss_without_a_number_fails_its_row_alone(
+    tmp_path: Path, ray_cluster: dict[str, Any]
+) -> None:
+    fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
+    method = make_method("adamerging", {"steps": 60})
+    template = Candidate.of("stand-in", "study", method, 0, "val", fingerprints)
+    rates = [0.3, 0.4, 0.5, 0.6, 0.1, 0.7]
+    spec = StudySpec(name="study", method="adamerging", searcher="grid", scheduler="asha", parameters={"steps": 60},
+                     space={"learning_rate": rates})  # fmt: skip
+    study = Study(spec, template, ["ants"], 5 + 2, {}, 2)
+    pool = HostPool([StandIn.remote()], [])  # type: ignore[attr-defined]
+    ledger = start_results_actor(tmp_path, f"{tmp_path.name}/results")
+    try:
+        run_studies([study], pool, ledger, {"ants": 1.0}, 2, tmp_path, lambda: None)
+    finally:
+        pool.close()
+        ray.kill(ledger)
+    rows = {json.loads(row["parameters"])["learning_rate"]: row for row in read_rows(tmp_path).to_dict("records")}
+    ends = {rate: rows[rate]["status"] for rate in rates}
+    assert ends == {0.3: "complete", 0.4: "complete", 0.5: "failed", 0.6: "complete", 0.1: "pruned", 0.7: "complete"}
+    assert rows[0.5]["error"] == "FloatingPointError: the entropy is not finite in step 3"
+    assert [len(rows[rate]["curve"]) for rate in (0.1, 0.3)] == [1, 7]
+    assert rows[0.1]["samples"] == 12
+    assert len(list((tmp_path / "learning").iterdir())) == 4

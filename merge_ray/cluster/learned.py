@@ -31,7 +31,7 @@ class Learned:
     def to_bytes(self) -> bytes:
         """A safetensors file of the state, the rest as its metadata."""
         about = json.dumps({name: value for name, value in asdict(self).items() if name != "state"})
-        return save({name: np.ascontiguousarray(array) for name, array in self.state.items()}, {"learned": about})
+        return save({name: np.asarray(array, order="C") for name, array in self.state.items()}, {"learned": about})
 
     @classmethod
     def read(cls, path: Path) -> Learned:

@@ -54,7 +54,8 @@ class MergeTrainable(tune.Trainable):
         self.learned: Learned | None = load_learned(self.ledger, self.candidate) if self.steps else None
         self.learning_reports = REPORTS if self.steps else 0
         self.curve: list[float] = list(self.learned.curve) if self.learned else []
-        self.started = time.perf_counter()
+        # What was learned before this process began is part of the trial.
+        self.started = time.perf_counter() - (self.learned.seconds if self.learned else 0.0)
         return True
 
     def step(self) -> dict[str, Any]:
