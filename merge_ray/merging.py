@@ -17,7 +17,7 @@ from merge_ray import kernels
 from merge_ray.bank import ModelBank, StateDict
 from merge_ray.checkpoints import fingerprint_file, read_weights, write_open_clip, write_safetensors
 from merge_ray.errors import ParameterError, choose_from
-from merge_ray.methods.base import Merged, MergeInputs, Method, make_method
+from merge_ray.methods.base import Merged, MergeInputs, Method, Unlabeled, make_method
 
 Source = StateDict | str | Path
 WRITERS = {"safetensors": write_safetensors, "open_clip": write_open_clip}
@@ -101,6 +101,7 @@ def merge(
     base: Source,
     finetuned: Mapping[str, Source],
     validation: Callable[[MergeResult, str], float] | None = None,
+    unlabeled: Unlabeled | None = None,
     seed: int = 0,
     **parameters: Any,
 ) -> MergeResult:
@@ -108,7 +109,8 @@ def merge(
 
     method: a method's name, with its ``parameters``, or a :class:`Method`. base, finetuned: state dicts or
     locations; the fine-tuned models by task. validation: ``validation(result, task)`` scores a merge on a task's
-    validation data, for methods that choose on it; ``result.method`` says what is being scored.
+    validation data, for methods that choose on it; ``result.method`` says what is being scored. unlabeled: every
+    task's samples, for methods that adapt on them; :class:`merge_ray.evaluate.UnlabeledSamples` is such.
 
     Raises :class:`ParameterError` for unknown methods or parameters and :class:`CheckpointError` for models that
     cannot be read or do not fit each other.
@@ -119,7 +121,7 @@ def merge(
     bank = ModelBank.build(_load(base), {task: _loader(source) for task, source in finetuned.items()})
     given = {"base": base, **{f"finetuned/{task}": source for task, source in finetuned.items()}}
     sources = {name: str(source) for name, source in given.items() if not isinstance(source, Mapping)}
-    resources = {}
+    resources: dict[str, Any] = {} if unlabeled is None else {"unlabeled": unlabeled}
     if validation is not None:
         resources["validation"] = lambda merged, task: validation(MergeResult(merged, bank, sources), task)
     merged = chosen.merge(MergeInputs(bank, seed=seed, resources=resources, needs=chosen.needs))

@@ -22,7 +22,7 @@ from merge_ray.space import Choice, Float, Int, PerTask, Space
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate scored: its objective (None if it failed) and the objective after every shard."""
+    """What a candidate scored: its objective (None if it failed) and the objective at every report."""
 
     value: float | None
     curve: tuple[float, ...] = ()
@@ -143,16 +143,18 @@ def _sampler(searcher: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(n_startup_trials=5, seed=seed, multivariate=True, constant_liar=True)
 
 
-def halving_cutoffs(told: Sequence[Outcome], shards: int, reduction_factor: int, grace_shards: int) -> dict[int, float]:
-    """The objective that a new candidate must reach after each rung's shards to go on.
+def halving_cutoffs(
+    told: Sequence[Outcome], reports: int, reduction_factor: int, grace_reports: int
+) -> dict[int, float]:
+    """The objective that a new candidate must reach after each rung's reports to go on.
 
     Successive halving (Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020) with one change:
     a rung compares with the outcomes told so far, not with whatever happens to have arrived, so that the same
     ledger gives the same decisions. The top ``1 / reduction_factor`` of those that reached a rung go on.
     """
     cutoffs: dict[int, float] = {}
-    rung = grace_shards
-    while rung < shards:
+    rung = grace_reports
+    while rung < reports:
         values = [outcome.curve[rung - 1] for outcome in told if len(outcome.curve) >= rung]
         if len(values) >= reduction_factor:
             cutoffs[rung] = float(np.quantile(values, 1 - 1 / reduction_factor))

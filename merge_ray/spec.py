@@ -66,6 +66,9 @@ class EvaluationSpec(Strict):
     """Validation data are scored in this many shards of a fixed random order; schedulers act between them."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples a task; the test split is always scored whole."""
+    transductive: bool = False
+    """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
+    in the papers; without it they see validation inputs only."""
     objective: str = "normalized_mean"
     select_on: str = "val"
 
@@ -90,6 +93,7 @@ class SearchSpec(Strict):
     seconds: float | None = Field(None, gt=0)
     reduction_factor: int = Field(2, ge=2)
     grace_shards: int = Field(1, ge=1)
+    """A scheduler lets a candidate report this often before it stops any: after each shard, or part of its learning."""
 
 
 def _parse_space(value: Any) -> Space:

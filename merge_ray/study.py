@@ -23,8 +23,9 @@ MOST_REPEATS = 50
 class Study:
     """One study in progress.
 
-    template: a candidate but for what is searched. known: the ledger's rows by identity. distance: how many
-    proposals may be unanswered. earlier: studies of the same method that this one learns from; it waits for them.
+    template: a candidate but for what is searched. reports: how often a candidate says what it has reached, after
+    each shard and, where it learns, while it does. known: the ledger's rows by identity. distance: how many proposals
+    may be unanswered. earlier: studies of the same method that this one learns from; it waits for them.
     """
 
     def __init__(
@@ -32,12 +33,12 @@ class Study:
         spec: StudySpec,
         template: Candidate,
         tasks: Sequence[str],
-        shards: int,
+        reports: int,
         known: Mapping[str, Mapping[str, Any]],
         distance: int,
         earlier: Sequence[Study] = (),
     ) -> None:
-        self.spec, self.template, self.tasks, self.shards = spec, template, tasks, shards
+        self.spec, self.template, self.tasks, self.reports = spec, template, tasks, reports
         self.known, self.distance, self.earlier = known, distance, earlier
         self.candidates: list[Candidate] = []
         self.outcomes: dict[str, Outcome] = {}
@@ -84,11 +85,11 @@ class Study:
         return None
 
     def cutoffs(self) -> dict[int, float]:
-        """What a candidate proposed now must reach after a number of shards to go on."""
+        """What a candidate proposed now must reach after a number of reports to go on."""
         if self.spec.scheduler == "none":
             return {}
         told = [self.outcomes[candidate.identity] for candidate in self.candidates[: self._told]]
-        return halving_cutoffs(told, self.shards, self.spec.reduction_factor, self.spec.grace_shards)
+        return halving_cutoffs(told, self.reports, self.spec.reduction_factor, self.spec.grace_shards)
 
     def _begin(self) -> bool:
         if not all(study.finished for study in self.earlier):

@@ -21,14 +21,15 @@ from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
-from merge_ray.cluster.ledger import record, start_results_actor
+from merge_ray.cluster.learning import REPORTS, learn_all
+from merge_ray.cluster.ledger import forget_learned, record, start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
-from merge_ray.methods.base import make_method
+from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
@@ -89,21 +90,38 @@ class _Sweep:
     def search(self, references: Mapping[str, Mapping[str, float]]) -> None:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
+        shards, distance = self.spec.evaluation.shards, 2 * len(self.pool.hosts)
         for name, spec in self.spec.studies.items():
             template = self._candidate(name, spec.method, "val", spec.parameters)
-            shards, distance = self.spec.evaluation.shards, 2 * len(self.pool.hosts)
+            reports = shards + (REPORTS if template.make().steps_to_learn else 0)
             earlier = [study for study in studies if study.spec.method == spec.method]
-            studies.append(Study(spec, template, self.spec.task_names, shards, self.rows, distance, earlier))
+            studies.append(Study(spec, template, self.spec.task_names, reports, self.rows, distance, earlier))
         with self.progress.bars({study.spec.name: study.spec.trials for study in studies}) as update:
             show = partial(_show_studies, studies, update)
-            run_studies(studies, self.pool, self.ledger, references["val"], self.spec.directory, show)
+            run_studies(studies, self.pool, self.ledger, references["val"], shards, self.spec.directory, show)
 
     def confirm(self, references: Mapping[str, Mapping[str, float]]) -> None:
         """Score the best candidate of every study on the test split, and keep its artifacts."""
-        best = best_candidates(read_rows(self.spec.directory)).to_dict("records")
-        chosen = [self._candidate(row["study"], row["method"], "test", json.loads(row["resolved"])) for row in best]
+        best: list[Any] = best_candidates(read_rows(self.spec.directory)).to_dict("records")
         with self.progress.step("confirm the best of every study on the test split"):
-            self._score(chosen, references, keep_artifacts=True)
+            self._score([self._to_confirm(row) for row in best], references, keep_artifacts=True)
+        forget_learned(self.ledger)
+
+    def _to_confirm(self, row: Mapping[str, Any]) -> Candidate:
+        """A candidate's merge on the test split, with the choices that it made on validation data.
+
+        Where it looks at unlabelled inputs it is told what it learned from them, or looks at those of the test split
+        where it may (:meth:`_learn`), instead.
+        """
+        looks = "unlabeled" in find_method(row["method"]).needs
+        parameters = json.loads(row["parameters" if looks else "resolved"])
+        return self._candidate(row["study"], row["method"], "test", parameters)
+
+    def _learn(self, candidate: Candidate, host: Any) -> ray.ObjectRef | None:
+        """What a candidate learns on the host, as far as that is not saved from its search; None if it does not."""
+        steps = candidate.make().steps_to_learn
+        seen = candidate if self.spec.evaluation.transductive else candidate.on("val")
+        return learn_all.remote(host, self.ledger, seen, steps) if steps else None
 
     def _score(
         self,
@@ -113,13 +131,13 @@ class _Sweep:
     ) -> None:
         """Score and record the candidates that the ledger does not hold."""
         missing = list({item.identity: item for item in candidates if item.identity not in self.rows}.values())
-        for candidate, report, host in self.pool.score_all(missing, references):
+        for candidate, report, ask_artifacts in self.pool.score_all(missing, references, self._learn):
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
-                if keep_artifacts and (arrays := ray.get(host.artifacts.remote(candidate))):
+                if keep_artifacts and (arrays := ray.get(ask_artifacts())):
                     row["artifacts"] = [ray.get(self.ledger.keep.remote(candidate.identity, arrays))]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
@@ -197,7 +215,9 @@ def _fingerprints(
 ) -> Fingerprints:
     head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
     hashed_heads = fingerprint_of(head_parts)
-    protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude={"batch_size"})}
+    # What is off is left out, so that ledgers from before it existed stay valid.
+    left_out = {"batch_size"} | (set() if spec.evaluation.transductive else {"transductive"})
+    protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     return Fingerprints(
         bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)
     )

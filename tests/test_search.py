@@ -100,8 +100,8 @@ def test_failed_and_pruned_outcomes_are_taken() -> None:
 
 def test_cutoffs_keep_the_top_half_of_what_reached_a_rung() -> None:
     told = [Outcome(0.3, (0.1, 0.2, 0.25, 0.3)), Outcome(0.2, (0.2,), pruned=True), Outcome(0.6, (0.4, 0.5, 0.6, 0.6))]
-    assert halving_cutoffs(told, shards=4, reduction_factor=2, grace_shards=1) == pytest.approx({1: 0.2, 2: 0.35})
+    assert halving_cutoffs(told, reports=4, reduction_factor=2, grace_reports=1) == pytest.approx({1: 0.2, 2: 0.35})
 
 
 def test_there_is_no_cutoff_before_enough_candidates_reached_the_rung() -> None:
-    assert halving_cutoffs([Outcome(0.3, (0.1, 0.2))], shards=4, reduction_factor=2, grace_shards=1) == {}
+    assert halving_cutoffs([Outcome(0.3, (0.1, 0.2))], reports=4, reduction_factor=2, grace_reports=1) == {}

@@ -208,7 +208,9 @@ class StandIn:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def score(self, candidate: Candidate, shard: int, references: dict[str, float]) -> dict[str, Any]:
+    def score(
+        self, candidate: Candidate, shard: int, references: dict[str, float], learned: None = None
+    ) -> dict[str, Any]:
         coefficient = candidate.parameters["scaling_coefficient"]
         if coefficient == 0.2:
             raise FloatingPointError("the merged model's logits on 'ants' are not finite")
@@ -227,7 +229,7 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     pool = HostPool([host], [])
     ledger = start_results_actor(directory, f"{directory.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, directory, lambda: None)
+        run_studies([study], pool, ledger, {"ants": 1.0}, 1, directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -6,8 +6,9 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
-from merge_ray.evaluate import Evaluator
+from merge_ray.cluster.learned import Learned
+from merge_ray.evaluate import Evaluator, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
-from merge_ray.methods.base import MergeCache, Merged, MergeInputs
+from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.tasks import TaskSpec, open_task
 
@@ -68,6 +70,8 @@ class ModelHost:
         self.cache = MergeCache(self.bank.base.nbytes)
         self.candidate = ""
         self.merged: Merged | None = None
+        self.learner: Learner | None = None
+        self.outcomes: list[dict[str, np.ndarray]] = []
         self._forget()
 
     def _load(self, family: Family, split: str) -> dict[str, TaskData]:
@@ -79,13 +83,28 @@ class ModelHost:
             data[spec.name] = family.task_data(prepared, head, self.device, limit)
         return data
 
-    def score(self, candidate: Candidate, shard: int | None, references: Mapping[str, float] | None) -> dict[str, Any]:
+    def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
+        """Learn ``steps`` more steps than ``learned``. The error of a loss that is not finite is raised here."""
+        started = time.perf_counter()
+        learner = self._learner(candidate, learned)
+        loss = learner.advance(steps)
+        self.merged = None
+        seconds = learned.seconds + time.perf_counter() - started
+        return replace(learned, step=learner.step, state=learner.state(), loss=loss, seconds=seconds)
+
+    def score(
+        self,
+        candidate: Candidate,
+        shard: int | None,
+        references: Mapping[str, float] | None,
+        learned: Learned | None = None,
+    ) -> dict[str, Any]:
         """Score a candidate through ``shard`` (whole, without one) and report the ledger's columns so far.
 
         references: the fine-tuned models' scores that normalised scores divide by, or None while they are
-        being found out.
+        being found out. learned: what a candidate that learns has learned.
         """
-        merged = self._merge(candidate)
+        merged = self._merge(candidate, learned)
         started = time.perf_counter()
         if shard is None:
             outcomes = self.evaluator.outcomes(merged, candidate.split)
@@ -98,7 +117,8 @@ class ModelHost:
         return {
             **self.evaluator.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
-            "seconds_merge": self.seconds_merge,
+            "transductive": candidate.split == "test" and self.seen == "test" and "unlabeled" in self.inputs.used,
+            "seconds_merge": self.seconds_merge + (learned.seconds if learned else 0.0),
             "seconds_evaluate": self.seconds_evaluate,
             "peak_memory_bytes": self._peak_memory(),
             "storage_bytes": merged.storage_bytes(),
@@ -107,43 +127,74 @@ class ModelHost:
             "host": socket.gethostname(),
         }
 
-    def artifacts(self, candidate: Candidate) -> dict[str, np.ndarray]:
+    def artifacts(self, candidate: Candidate, learned: Learned | None = None) -> dict[str, np.ndarray]:
         """What the candidate's merge leaves worth keeping."""
-        return self._merge(candidate).artifacts()
+        return self._merge(candidate, learned).artifacts()
 
     def process_id(self) -> int:
         """The operating system's number of this actor's process; answered once the host is ready."""
         return os.getpid()
 
-    def _merge(self, candidate: Candidate) -> Merged:
-        """The candidate's merge, made now unless it was the last one."""
-        if self.merged is not None and self.candidate == candidate.identity:
+    def _merge(self, candidate: Candidate, learned: Learned | None) -> Merged:
+        """The candidate's merge with what it has learned, made now unless it was the last one."""
+        if self.merged is not None and self._is_current(candidate, learned):
             return self.merged
+        make: Callable[[], Merged]
+        if learned is None:
+            make = partial(self._begin(candidate).merge, self.inputs)
+        else:
+            make = self._learner(candidate, learned).merged
+        started = time.perf_counter()
+        merged = make()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds_merge = time.perf_counter() - started
+        self.merged, self.outcomes = merged, []
+        return merged
+
+    def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
+        """The candidate's learner where ``learned`` left off: the last one if it stands there."""
+        if self.learner is None or not self._is_current(candidate, learned):
+            method = self._begin(candidate)
+            assert isinstance(method, LearnedMethod)
+            learner = method.learner(self.inputs)
+            if learned.step:
+                learner.load(learned.state)
+            self.learner = learner
+        return self.learner
+
+    def _is_current(self, candidate: Candidate, learned: Learned | None) -> bool:
+        step = self.learner.step if self.learner else None
+        return self.candidate == candidate.identity and step == (learned.step if learned else None)
+
+    def _begin(self, candidate: Candidate) -> Method:
+        """Make room for a candidate; returns its method."""
         # The last merge's vectors must be gone before the next are made.
         self._forget()
         self._reset_peak_memory()
         method = candidate.make()
-        inputs = MergeInputs(
+        # What a method may see is validation data, also of a candidate that is scored on the test split.
+        self.seen = candidate.split if self.setup.evaluation.transductive else "val"
+        self.inputs = MergeInputs(
             self.bank,
             seed=candidate.seed,
             out=self.evaluator.skeleton.flat,
             cache=self.cache,
-            resources={"validation": self.evaluator.score},
+            resources={
+                "validation": self.evaluator.score,
+                "unlabeled": UnlabeledSamples(self.evaluator.models[self.seen]),
+            },
             needs=method.needs,
         )
-        started = time.perf_counter()
-        merged = method.merge(inputs)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds_merge = time.perf_counter() - started
-        self.merged, self.candidate = merged, candidate.identity
-        return merged
+        self.candidate = candidate.identity
+        return method
 
     def _forget(self) -> None:
-        self.merged = None
         self.candidate = ""
-        self.outcomes: list[dict[str, np.ndarray]] = []
-        self.seconds_evaluate = 0.0
+        self.merged = None
+        self.learner = None
+        self.outcomes = []
+        self.seconds_merge = self.seconds_evaluate = 0.0
 
     def _reset_peak_memory(self) -> None:
         if self.device.type == "cuda":

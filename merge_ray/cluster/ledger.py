@@ -14,7 +14,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from merge_ray.candidate import Candidate
 from merge_ray.cluster.errors import cause
+from merge_ray.cluster.learned import Learned
 from merge_ray.errors import LedgerError
 from merge_ray.leaderboard.rows import ROW_SCHEMA
 
@@ -29,7 +31,7 @@ class ResultsActor:
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
-        for folder in ("trials", "artifacts"):
+        for folder in ("trials", "artifacts", "learning"):
             (self.directory / folder).mkdir(parents=True, exist_ok=True)
 
     def record(self, row: Mapping[str, Any]) -> str:
@@ -46,6 +48,23 @@ class ResultsActor:
         write_durably(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         return str(path.relative_to(self.directory))
 
+    def save_learned(self, identity: str, learned: Learned) -> None:
+        """Put what a candidate has learned so far in the place of what is saved of it."""
+        write_durably(self._learned(identity), lambda file: file.write(learned.to_bytes()))
+
+    def load_learned(self, identity: str) -> Learned:
+        """What a candidate has learned as far as it is saved."""
+        return Learned.read(self._learned(identity))
+
+    def forget_learned(self, identity: str | None = None) -> None:
+        """Remove what a candidate has learned, or all of them: they have their rows."""
+        chosen = (self.directory / "learning").iterdir() if identity is None else [self._learned(identity)]
+        for path in chosen:
+            path.unlink(missing_ok=True)
+
+    def _learned(self, identity: str) -> Path:
+        return self.directory / "learning" / f"{identity}.safetensors"
+
     def process_id(self) -> int:
         """The operating system's number of this actor's process."""
         return os.getpid()
@@ -60,8 +79,28 @@ def start_results_actor(directory: Path, name: str) -> Any:
 
 def record(ledger: Any, row: Mapping[str, Any]) -> None:
     """Have the :class:`ResultsActor` make a row durable; raises :class:`LedgerError` if it cannot."""
+    _answer(ledger.record.remote(row))
+
+
+def save_learned(ledger: Any, candidate: Candidate, learned: Learned) -> None:
+    """Have what a candidate has learned saved; raises :class:`LedgerError` if it cannot be."""
+    _answer(ledger.save_learned.remote(candidate.identity, learned))
+
+
+def load_learned(ledger: Any, candidate: Candidate) -> Learned:
+    """What a candidate has learned as far as it is saved."""
+    learned: Learned = _answer(ledger.load_learned.remote(candidate.identity))
+    return learned
+
+
+def forget_learned(ledger: Any, candidate: Candidate | None = None) -> None:
+    """Remove what a candidate has learned, or all of them."""
+    _answer(ledger.forget_learned.remote(candidate.identity if candidate else None))
+
+
+def _answer(call: ray.ObjectRef) -> Any:
     try:
-        ray.get(ledger.record.remote(row))
+        return ray.get(call)
     except RayError as error:
         raise LedgerError(cause(error)) from None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,25 +91,31 @@ class HostPool:
         self._leases[index] -= 1
 
     def score_all(
-        self, candidates: Sequence[Candidate], references: Mapping[str, Mapping[str, float]] | None
-    ) -> Iterator[tuple[Candidate, dict[str, Any] | Exception, Any]]:
-        """Score whole candidates side by side; yields each with its report or its error, and its host.
+        self,
+        candidates: Sequence[Candidate],
+        references: Mapping[str, Mapping[str, float]] | None,
+        learn: Callable[[Candidate, Any], ray.ObjectRef | None],
+    ) -> Iterator[tuple[Candidate, dict[str, Any] | Exception, Callable[[], ray.ObjectRef]]]:
+        """Score whole candidates side by side; yields each with its report or its error, and a call for its artifacts.
 
         references: ``{split: {task: score}}`` of the fine-tuned models, or None while they are being scored.
+        learn: ``learn(candidate, host)`` gives what the candidate has learned, None where it does not learn.
         """
         waiting = list(candidates)
-        running: dict[ray.ObjectRef, tuple[Candidate, int]] = {}
+        running: dict[ray.ObjectRef, tuple[Candidate, int, ray.ObjectRef | None]] = {}
         while waiting or running:
             while waiting and (index := self.lease()) is not None:
-                candidate = waiting.pop(0)
+                candidate, host = waiting.pop(0), self.hosts[index]
                 scores = references[candidate.split] if references else None
-                running[self.hosts[index].score.remote(candidate, None, scores)] = (candidate, index)
+                learned = learn(candidate, host)
+                running[host.score.remote(candidate, None, scores, learned)] = (candidate, index, learned)
             done, _ = ray.wait(list(running), num_returns=1)
-            candidate, index = running.pop(done[0])
+            candidate, index, learned = running.pop(done[0])
+            artifacts = partial(self.hosts[index].artifacts.remote, candidate, learned)
             try:
-                yield candidate, ray.get(done[0]), self.hosts[index]
+                yield candidate, ray.get(done[0]), artifacts
             except RayError as error:
-                yield candidate, error, self.hosts[index]
+                yield candidate, error, artifacts
             finally:
                 self.release(index)
 

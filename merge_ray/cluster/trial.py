@@ -1,4 +1,4 @@
-"""MergeTrainable: one Tune trial is one candidate on one leased host, one iteration a shard."""
+"""MergeTrainable: one Tune trial is one candidate on one leased host, one iteration a report of its objective."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from ray.exceptions import RayError
 
 from merge_ray.candidate import Candidate, ledger_row
 from merge_ray.cluster.errors import cause
-from merge_ray.cluster.ledger import record
+from merge_ray.cluster.learned import Learned
+from merge_ray.cluster.learning import REPORTS, learn_until
+from merge_ray.cluster.ledger import forget_learned, load_learned, record
 
 
 class MergeTrainable(tune.Trainable):
     """Scores the candidate of ``config`` shard by shard and records one row when it ends.
 
-    config: ``study`` and the ``parameters`` of the method; ``host``, the index of the leased host; ``cutoffs``, the
-    objective that must be reached after a number of shards to go on. A candidate that fails is a row, not an error
-    of the trial; Tune sees an error only when this process or the ledger fails.
+    A candidate that learns does so first, in as many parts as there are learning reports; each ends with the
+    objective on the first shard, which compares candidates that have come as far. What is learned is saved with the
+    ledger, and a trial that starts anew goes on from there.
+
+    config: ``study`` and the ``parameters`` of the method; ``steps`` to learn, 0 for most; ``host``, the index of the
+    leased host; ``cutoffs``, the objective that must be reached after a number of reports to go on. A candidate that
+    fails is a row, not an error of the trial; Tune sees an error only when this process or the ledger fails.
     """
 
     def setup(
@@ -43,29 +49,57 @@ class MergeTrainable(tune.Trainable):
         """Start on another candidate: Tune reuses the process of a finished trial."""
         self.candidate = replace(self.templates[new_config["study"]], parameters=new_config["parameters"])
         self.host = self.hosts[new_config["host"]]
-        self.cutoffs = {int(shards): value for shards, value in new_config["cutoffs"].items()}
-        self.curve: list[float] = []
-        self.started = time.perf_counter()
+        self.cutoffs = {int(reports): value for reports, value in new_config["cutoffs"].items()}
+        self.steps = new_config["steps"]
+        self.learned: Learned | None = load_learned(self.ledger, self.candidate) if self.steps else None
+        self.learning_reports = REPORTS if self.steps else 0
+        self.curve: list[float] = list(self.learned.curve) if self.learned else []
+        # What was learned before this process began is part of the trial.
+        self.started = time.perf_counter() - (self.learned.seconds if self.learned else 0.0)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Score one more shard; the last one, a missed cutoff and a failure end the trial with a row."""
+        """Learn up to the next report, or score one more shard.
+
+        The last shard, a missed cutoff and a failure end the trial with a row.
+        """
         try:
-            report = ray.get(self.host.score.remote(self.candidate, len(self.curve), self.references))
+            report = self._learn() if len(self.curve) < self.learning_reports else self._score_shard()
         except RayError as error:
             return self._finish("failed", {"error": cause(error)})
-        self.curve.append(report["objective"])
         done = len(self.curve)
-        if done == self.shards:
+        if done == self.learning_reports + self.shards:
             return self._finish("complete", report)
         if done in self.cutoffs and report["objective"] < self.cutoffs[done]:
             return self._finish("pruned", report)
         return {**_shown(report), "status": "running", "done": False}
 
+    def _learn(self) -> dict[str, Any]:
+        """Learn one more part, and report the objective on the first shard."""
+        assert self.learned is not None
+        until = math.ceil(self.steps * (len(self.curve) + 1) / REPORTS)
+        learned = learn_until(self.host, self.ledger, self.candidate, self.learned, until)
+        report = ray.get(self.host.score.remote(self.candidate, 0, self.references, learned))
+        # The report is saved with the next steps, when it is clear that there are any: a trial that is cut off
+        # between a report and what follows from it reports again.
+        self.learned = learned.reported(report["objective"])
+        self.curve.append(report["objective"])
+        return {**report, "losses": self.learned.losses, "loss": learned.loss, "learned_steps": learned.step}
+
+    def _score_shard(self) -> dict[str, Any]:
+        shard = len(self.curve) - self.learning_reports
+        losses = {"losses": self.learned.losses} if self.learned else {}
+        report = ray.get(self.host.score.remote(self.candidate, shard, self.references, self.learned))
+        self.curve.append(report["objective"])
+        return {**report, **losses}
+
     def _finish(self, status: str, report: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
         row = ledger_row(self.candidate, status, **report, curve=self.curve, seconds_total=seconds)
         record(self.ledger, row)
+        if self.steps and status != "complete":
+            # A complete candidate may be confirmed: what it learned is kept until the sweep ends.
+            forget_learned(self.ledger, self.candidate)
         # Tune insists on an objective, also of a failure.
         return {
             "objective": math.nan,

@@ -72,9 +72,10 @@ class SweepSearcher(Searcher):
         return {
             "study": study.spec.name,
             "parameters": dict(candidate.parameters),
+            "steps": candidate.make().steps_to_learn,
             "host": host,
             # Tune wants text keys.
-            "cutoffs": {str(shards): value for shards, value in study.cutoffs().items()},
+            "cutoffs": {str(reports): value for reports, value in study.cutoffs().items()},
         }
 
 
@@ -110,12 +111,14 @@ def run_studies(
     pool: HostPool,
     ledger: Any,
     references: Mapping[str, float],
+    shards: int,
     directory: Path,
     progress: Callable[[], None],
 ) -> None:
     """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
 
-    directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
+    shards: how many parts validation data are scored in. directory: the sweep's results; Tune's own files,
+    TensorBoard's among them, go to its ``tune`` folder.
     Raises :class:`merge_ray.errors.LedgerError` when rows can no longer be written.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger is the log; TensorBoard's is asked for
@@ -126,7 +129,7 @@ def run_studies(
         hosts=pool.hosts,
         ledger=ledger,
         references=dict(references),
-        shards=studies[0].shards,
+        shards=shards,
     )
     callback = _TrialCallback(studies, ledger, progress)
     tuner = tune.Tuner(

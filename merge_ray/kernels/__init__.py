@@ -21,6 +21,13 @@ import torch
 from torch import Tensor
 
 from merge_ray.kernels import chunked, cpu
+from merge_ray.kernels.layers import Election, layer_dots, layer_sum
+
+__all__ = [
+    "Election", "MaskRule", "apply_bits", "apply_masks", "consensus_bits", "disjoint_merge", "elect_sign", "layer_dots",
+    "layer_sum", "mask_bits", "packed_size", "select_elected", "threshold_rank", "trim", "trim_thresholds", "unpack",
+    "vector", "weighted_sum",
+]  # fmt: skip
 
 MaskRule = Literal["tall", "magnitude"]
 

@@ -49,6 +49,7 @@ ROW_SCHEMA = pa.schema(
         ("objective", pa.float64()),
         ("samples", pa.int64()),
         ("curve", pa.list_(pa.float64())),
+        ("losses", pa.list_(pa.float64())),
         ("seconds_merge", pa.float64()),
         ("seconds_evaluate", pa.float64()),
         ("seconds_total", pa.float64()),

@@ -126,7 +126,8 @@ class Unlabeled(Protocol):
     that it gives, zero at first.
     """
 
-    models: Mapping[str, TaskModel]
+    @property
+    def models(self) -> Mapping[str, TaskModel]: ...
 
     def gradient(self) -> AbstractContextManager[Tensor]: ...
 
@@ -135,7 +136,7 @@ class MergeInputs:
     """All that a method may see: the bank, a seed, a buffer to merge into, and what it declared to need.
 
     bank: the models. seed: for methods that draw. out: the buffer ``[P]`` for the result, made on first
-    use when the caller has none. resources: what answers the method's ``needs``, by name.
+    use when the caller has none. resources: what answers the method's ``needs``, by name. used: those that were asked.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class MergeInputs:
         self._cache = cache if cache is not None else MergeCache(0)
         self._resources = dict(resources or {})
         self._needs = needs
+        self.used: set[str] = set()
 
     @property
     def out(self) -> Tensor:
@@ -176,6 +178,7 @@ class MergeInputs:
             raise ParameterError(f"this method uses {name!r} without declaring it in its needs")
         if name not in self._resources:
             raise ParameterError(f"this merge needs {name!r} data, and there is none here")
+        self.used.add(name)
         return self._resources[name]
 
     def per_task(self, value: float | Mapping[str, float]) -> list[float]:
@@ -243,6 +246,11 @@ class Method(ABC):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the bank's models."""
 
+    @property
+    def steps_to_learn(self) -> int:
+        """The steps that a :class:`LearnedMethod` has before it; 0 where nothing is learned, or all is given."""
+        return 0
+
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain values, in canonical form: mappings sorted by task."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -281,6 +289,11 @@ class LearnedMethod(Method):
     """A method that learns on unlabelled samples in ``steps`` steps."""
 
     steps: int
+
+    @property
+    def steps_to_learn(self) -> int:
+        """All steps, unless what was learned is among the parameters."""
+        return self.steps
 
     @abstractmethod
     def learner(self, inputs: MergeInputs) -> Learner:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -57,7 +58,7 @@ def write_report(results: str | Path, objective: str = "normalized_mean") -> Pat
         kinds=table["kind"].tolist(),
         legend=legend(table),
         plots=_plots(rows, table),
-        studies=_study_plots(rows, table),
+        studies=_study_plots(rows, table) + _coefficient_plots(directory, table),
         failures=_failures(rows),
         directory=str(results),
         spec=spec.read_text("utf-8") if spec.exists() else None,
@@ -138,6 +139,27 @@ def _study_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, Plo
             caption = f"Objective on validation data; the ring is the best: {best}"
             description = f"{study}: objective against {', '.join(names)}; the best candidate has {best}."
             found.append((study, _plot(plots.plot_parameters(own, styles[study]), caption, description)))
+    return found
+
+
+def _coefficient_plots(directory: Path, table: pd.DataFrame) -> list[tuple[str, Plot]]:
+    """For every study whose confirmed merge has learned coefficients, these by layer and task."""
+    found = []
+    for _, row in table[table["artifacts"].map(len) > 0].iterrows():
+        with np.load(directory / row["artifacts"][0]) as file:
+            arrays = {name: file[name] for name in file.files}
+        coefficients = {
+            name.removeprefix("coefficient/"): value
+            for name, value in arrays.items()
+            if name.startswith("coefficient/")
+        }
+        if coefficients:
+            layers = [str(name) for name in arrays.get("layers", ["all layers"])]
+            low = min(float(value.min()) for value in coefficients.values())
+            high = max(float(value.max()) for value in coefficients.values())
+            caption = "Learned coefficients of the confirmed merge, by layer and task"
+            description = f"Heat map of {len(layers)} layers and {len(coefficients)} tasks, {low:.3f} to {high:.3f}."
+            found.append((row["study"], _plot(plots.plot_coefficients(coefficients, layers), caption, description)))
     return found
 
 

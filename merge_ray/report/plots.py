@@ -26,6 +26,7 @@ _LABELS = {
     "worst": "normalised score of the worst task",
 }
 _ANNOTATED_TASKS = 12
+_LAYER_HEIGHT = 0.14
 
 
 def style_of(studies: list[str]) -> dict[str, tuple[str, str]]:
@@ -114,6 +115,26 @@ def plot_parameters(candidates: pd.DataFrame, style: tuple[str, str], columns: i
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("objective (validation)")
+    return figure
+
+
+def plot_coefficients(coefficients: dict[str, np.ndarray], layers: list[str]) -> Figure:
+    """A heat map of layers × tasks: learned merging coefficients ``[L]`` by task, from 0 to 1."""
+    height = _LAYER_HEIGHT if len(layers) > _ANNOTATED_TASKS else 0.36
+    figure, axes = _single(height=1.3 + height * len(layers))
+    image = axes.imshow(np.stack(list(coefficients.values()), axis=1), aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    slanted = len(coefficients) > 6
+    axes.set_xticks(
+        range(len(coefficients)),
+        list(coefficients),
+        rotation=30 if slanted else 0,
+        ha="right" if slanted else "center",
+    )
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="merging coefficient", pad=0.02)
     return figure
 
 
