@@ -16,8 +16,9 @@ Array = np.ndarray
 Run = tuple[Array, Array, float]
 """Weights and parameters after the last M-step, and the mean log-likelihood before it."""
 SAMPLES_PER_COMPONENT = 2
-LARGEST_CONCENTRATION = 1e8
-"""Where all samples of a component are equal, the likelihood grows with its concentration without end."""
+BREADTH = 0.01
+LARGEST_PRECISION = 1e8
+"""A component's concentrations sum to this at most: for samples that are all equal the likelihood has no bound."""
 
 
 class MixtureError(ValueError):
@@ -96,22 +97,21 @@ def fit_kmeans(samples: Array, clusters: int, seed: int) -> Mixture:
     return Mixture(weights, centers, centers, 0.0, log_density)
 
 
-def fit_dirichlet(samples: Array, labels: Array, max_iterations: int = 500, tolerance: float = 1e-6) -> Mixture:
+def fit_dirichlet(samples: Array, labels: Array, max_iterations: int = 500, tolerance: float = 1e-5) -> Mixture:
     """A Dirichlet mixture by maximum likelihood: the best of the runs that start from ``labels`` ``[runs, N]``.
 
     samples: positive, of sum 1, ``[N, D]``. The M-step fits each component's concentrations ``[D]`` to the weighted
-    mean of the samples' logarithms (Minka, Estimating a Dirichlet Distribution, 2000), started from its moments.
+    mean of the samples' logarithms (Minka, Estimating a Dirichlet Distribution, 2000), started from its moments. To
+    every component all samples together count as :data:`BREADTH` of one more of its own, so that none closes in on few
+    of them, where the likelihood has no bound.
     """
     samples = np.asarray(samples, np.float64)
     logs = np.log(samples)
 
     def maximize(responsibilities: Array) -> tuple[Array, Array]:
-        counts = responsibilities.sum(axis=0) + 1e-10
-        shares = (responsibilities / counts).T
-        alphas = [_dirichlet_moments(samples, share) for share in shares]
-        return counts / counts.sum(), np.stack(
-            [_fit_concentrations(alpha, share @ logs) for alpha, share in zip(alphas, shares, strict=True)]
-        )
+        shares = responsibilities + BREADTH / len(samples)
+        shares = (shares / shares.sum(axis=0)).T
+        return responsibilities.mean(axis=0), _fit_concentrations(_moments(samples, shares), shares @ logs)
 
     weights, alphas, bound = _best(
         _expectation_maximization(logs, labels, maximize, _dirichlet_density, max_iterations, tolerance)
@@ -216,34 +216,33 @@ def _dirichlet_density(logs: Array, alphas: Array) -> Array:
     return logs @ (alphas - 1).T + normalizers
 
 
-def _dirichlet_moments(samples: Array, share: Array) -> Array:
-    """Concentrations with the weighted mean of the samples, and a precision from their variances."""
-    mean = share @ samples
-    variance = share @ (samples - mean) ** 2
-    precision = (mean * (1 - mean)).sum() / max(variance.sum(), 1e-12) - 1
-    return mean * np.clip(precision, 1e-2, LARGEST_CONCENTRATION)
+def _moments(samples: Array, shares: Array) -> Array:
+    """Concentrations ``[K, D]`` with the means of the samples under ``shares`` ``[K, N]``, and their spread."""
+    means = shares @ samples
+    spread = shares @ (samples**2).sum(axis=1) - (means**2).sum(axis=1)
+    precisions = (means * (1 - means)).sum(axis=1) / np.maximum(spread, 1e-12) - 1
+    return means * np.clip(precisions, 1e-2, LARGEST_PRECISION)[:, None]
 
 
-def _fit_concentrations(alpha: Array, mean_logs: Array, steps: int = 100) -> Array:
-    """Concentrations ``[D]`` of greatest likelihood for the mean logarithms ``[D]``, by Newton's method.
+def _fit_concentrations(alphas: Array, mean_logs: Array, steps: int = 100) -> Array:
+    """Concentrations ``[K, D]`` of greatest likelihood for mean logarithms ``[K, D]``, by Newton's method.
 
     The Hessian is a diagonal plus a constant, so a step costs ``D``. A step that would leave the positive numbers is
-    halved until it does not.
+    shortened to go half of the way there.
     """
     for _ in range(steps):
-        total = alpha.sum()
-        gradient = digamma(total) - digamma(alpha) + mean_logs
-        diagonal, constant = -polygamma(1, alpha), polygamma(1, total)
-        shift = (gradient / diagonal).sum() / (1 / constant + (1 / diagonal).sum())
-        step = (gradient - shift) / diagonal
-        while (alpha - step <= 0).any():
-            step = step / 2
-        alpha = alpha - step
-        if alpha.sum() > LARGEST_CONCENTRATION:
-            return alpha * (LARGEST_CONCENTRATION / alpha.sum())
-        if np.abs(step).max() < 1e-8 * alpha.max():
+        totals = alphas.sum(axis=1, keepdims=True)
+        gradient = digamma(totals) - digamma(alphas) + mean_logs
+        diagonal, constant = -polygamma(1, alphas), polygamma(1, totals)
+        shift = (gradient / diagonal).sum(axis=1, keepdims=True)
+        step = (gradient - shift / (1 / constant + (1 / diagonal).sum(axis=1, keepdims=True))) / diagonal
+        reach = (step / alphas).max(axis=1, keepdims=True)
+        step *= np.where(reach < 1, 1, 0.5 / np.maximum(reach, 1))
+        alphas = alphas - step
+        alphas *= np.minimum(1, LARGEST_PRECISION / alphas.sum(axis=1, keepdims=True))
+        if (np.abs(step) < 1e-6 * alphas).all():
             break
-    return alpha
+    return alphas
 
 
 def _beta_logs(samples: Array) -> Array:
