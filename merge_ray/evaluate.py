@@ -56,6 +56,11 @@ class TaskModel:
         """The weights ``[P]`` that answer; write here before asking."""
         return self.skeleton.flat
 
+    @property
+    def answers_by_logits(self) -> bool:
+        """Whether outcomes are those of :meth:`logits`, and not of generated answers."""
+        return type(self.data).outcomes is TaskData.outcomes
+
     def inputs(self, positions: Positions) -> Any:
         """What the skeleton takes for the samples at ``positions``."""
         return self.data.inputs(positions)

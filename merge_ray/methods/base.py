@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank
@@ -41,11 +41,12 @@ class Merged(ABC):
     """The answer of a method: weights for every task, shared or one set per task.
 
     ``resolved`` is the method with every choice that it made on validation data filled in, so that the
-    same weights can be made again without choosing again.
+    same weights can be made again without choosing again. ``notes`` are warnings that belong beside its score.
     """
 
     resolved: Method
     shared: bool
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def write(self, task: str, out: Tensor) -> None:
@@ -96,15 +97,22 @@ class Predictor(Merged):
 class TaskModel(Protocol):
     """One task's samples, in a fixed random order, and the model that answers them with the weights in ``flat``.
 
-    task, split: which samples. flat: the weights ``[P]``, to be written before asking. Positions are a slice or
-    integers ``[B]``. :class:`merge_ray.evaluate.TaskModel` is it.
+    task, split: which samples. skeleton: the model. flat: its weights ``[P]``, to be written before asking.
+    answers_by_logits: whether outcomes are those of the logits. Positions are a slice or integers ``[B]``.
+    :class:`merge_ray.evaluate.TaskModel` is it.
     """
 
     task: str
     split: str
 
     @property
+    def skeleton(self) -> nn.Module: ...
+
+    @property
     def flat(self) -> Tensor: ...
+
+    @property
+    def answers_by_logits(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

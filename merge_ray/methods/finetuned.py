@@ -23,15 +23,17 @@ class Finetuned(Method):
 
 @dataclass
 class OwnWeights(Merged):
-    """The weights that each task was fine-tuned to."""
+    """The weights that each task was fine-tuned to, or those on the way there from the base: ``theta_0 + c tau_t``."""
 
     resolved: Method
     bank: ModelBank
+    coefficient: float = 1.0
     shared = False
 
     def write(self, task: str, out: Tensor) -> None:
         """See :meth:`Merged.write`."""
-        torch.add(self.bank.base, self.bank.task_vectors[self.bank.tasks.index(task)], out=out)
+        task_vector = self.bank.task_vectors[self.bank.tasks.index(task)]
+        torch.add(self.bank.base, task_vector, alpha=self.coefficient, out=out)
 
     def storage_bytes(self) -> int:
         """``T`` models in their stored dtypes."""
