@@ -35,7 +35,7 @@ from merge_ray.methods.base import (
 from merge_ray.methods.ties import ties_task_vector
 from merge_ray.space import Float
 
-METHODS = sorted(available_methods())
+METHODS = sorted(name for name, method in available_methods().items() if "unlabeled" not in method.needs)
 NEEDS_LAMBDA = ("tall_mask", "consensus")
 State = dict[str, Tensor]
 
@@ -359,7 +359,7 @@ def run(bank, name, out):
 
 torch.set_num_threads(1)
 small, large, peaks = make_bank(1 << 12), make_bank(12_000_000), {}
-for name in available_methods():
+for name in (name for name, method in available_methods().items() if "unlabeled" not in method.needs):
     run(small, name, torch.empty(1 << 12))
     before = resident("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")
