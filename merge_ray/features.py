@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from merge_ray.checkpoints import open_location, read_weights
-from merge_ray.errors import CheckpointError
+from merge_ray.errors import CheckpointError, DataError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -23,7 +22,7 @@ MAX_TOKENS = 512
 
 
 class Extractor(ABC):
-    """A frozen model that gives features ``[B, size]`` float32, on the device that it was opened on.
+    """A frozen model that gives features ``[B, F]`` float32, on the device that it was opened on.
 
     size: how many features (``F``).
     """
@@ -32,7 +31,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Any) -> Tensor:
-        """The features ``[B, F]`` of a batch, without a graph."""
+        """The features ``[B, F]`` of a batch, without a graph; raises :class:`DataError` for another kind of samples."""
 
 
 def open_extractor(location: str, device: torch.device | str = "cpu") -> Extractor:
@@ -57,15 +56,19 @@ class ImageExtractor(Extractor):
     """An image model of transformers, such as ``microsoft/resnet-18``: its pooled output."""
 
     def __init__(self, directory: Path, device: torch.device | str) -> None:
+        from transformers import AutoImageProcessor
+
         self._model = _load_model(directory, device)
-        self._device = device
+        self._directory, self._device = directory, device
         self._processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         config = self._model.config
         self.size = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
-    @torch.inference_mode()
-    def __call__(self, inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def __call__(self, inputs: Any) -> Tensor:
         """Features ``[B, F]`` of images uint8 ``[B, 3, S, S]``, resized and normalised as the extractor asks."""
+        if not isinstance(inputs, Tensor):
+            raise DataError(f"{self._directory}: an extractor for images; these samples are texts")
         pixels = self._processor(inputs, return_tensors="pt")["pixel_values"]
         return self._model(pixels.to(self._device)).pooler_output.flatten(1)
 
@@ -77,9 +80,11 @@ class TextExtractor(Extractor):
     """
 
     def __init__(self, directory: Path, device: torch.device | str, modules: Mapping[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
         # The pooling layer of BERT is not used, and not always saved.
         self._model = _load_model(directory, device, unused=("pooler.",))
-        self._device = device
+        self._directory, self._device = directory, device
         self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self._modules = modules
         config = self._model.config
@@ -87,9 +92,11 @@ class TextExtractor(Extractor):
         limits = (self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", MAX_TOKENS))
         self._length = modules.get("max_seq_length") or min(*limits)
 
-    @torch.inference_mode()
-    def __call__(self, inputs: Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def __call__(self, inputs: Any) -> Tensor:
         """Features ``[B, F]`` of texts."""
+        if isinstance(inputs, Tensor):
+            raise DataError(f"{self._directory}: an extractor for texts; these samples are images")
         tokens = self._tokenizer(
             list(inputs), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         ).to(self._device)
@@ -119,6 +126,9 @@ def _full_location(location: str) -> str:
 
 def _load_model(directory: Path, device: torch.device | str, unused: tuple[str, ...] = ()) -> Any:
     """The bare model of a directory, frozen; heads in its weights are left out, ``unused`` parts may be missing."""
+    # Here and not above: whoever lists the methods would wait for it.
+    from transformers import AutoConfig, AutoModel
+
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model = AutoModel.from_config(config, trust_remote_code=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError
-from merge_ray.features import open_extractor
+from merge_ray.features import Extractor, open_extractor
+from merge_ray.kernels.layers import layer_dots
 from merge_ray.methods.base import (
     LearnedMethod,
     Learner,
@@ -27,7 +30,7 @@ from merge_ray.methods.base import (
     param,
     register,
 )
-from merge_ray.methods.coding import Codings, mapping_arrays, new_mapping, read_mapping
+from merge_ray.methods.coding import PREFIX, Codings, mapping_arrays, new_mapping, read_mapping
 from merge_ray.methods.per_sample import merge_into, outcomes_per_sample
 from merge_ray.space import Choice, Float, Int, Space
 
@@ -104,31 +107,34 @@ class DictFusion(LearnedMethod):
 
 
 class Features:
-    """The frozen features of every task's samples, made once a host for each extractor, task and split."""
+    """The frozen features of tasks' samples, made once for each extractor and kept as long as the samples are."""
+
+    _kept: ClassVar[WeakKeyDictionary[TaskModel, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def __init__(self, location: str, inputs: MergeInputs) -> None:
         self.location = location
-        self._cached = inputs.cached
         self._device = inputs.bank.base.device
+        # Small results stay cached: an extractor whose features are all there is not opened again.
+        size = inputs.cached(("feature_size", location), lambda: torch.tensor(self._extractor.size))
+        self.size = int(size)
 
     @cached_property
-    def _extractor(self) -> Any:
+    def _extractor(self) -> Extractor:
         return open_extractor(self.location, self._device)
 
-    @property
-    def size(self) -> int:
-        """How many features a sample has."""
-        return int(self._cached(("feature_size", self.location), lambda: torch.tensor(self._extractor.size)))
-
-    def of(self, model: TaskModel) -> Tensor:
-        """The features ``[N, F]`` of all of a task's samples."""
-        return self._cached(("features", self.location, model.task, model.split), lambda: self._describe(model))
+    def of(self, model: TaskModel, positions: Any) -> Tensor:
+        """The features ``[B, F]`` of the samples at ``positions``."""
+        kept = self._kept.setdefault(model, {})
+        if self.location not in kept:
+            kept[self.location] = self._describe(model)
+        return kept[self.location][positions].to(self._device)
 
     def _describe(self, model: TaskModel) -> Tensor:
+        """The features of all samples ``[N, F]``, in the host's memory."""
         places = [slice(start, start + EXTRACTED) for start in range(0, len(model), EXTRACTED)]
         # Scoring runs in inference mode; learning cannot use tensors that were made there.
         with torch.inference_mode(False):
-            return torch.cat([self._extractor(model.samples(positions)) for positions in places])
+            return torch.cat([self._extractor(model.samples(positions)).cpu() for positions in places])
 
 
 class DictLearner(Learner):
@@ -150,29 +156,27 @@ class DictLearner(Learner):
         """See :meth:`Learner.advance`; the loss is the sum of the tasks' entropies."""
         if steps == 0:
             return 0.0
-        with self._inputs.unlabeled.gradient() as gradient:
-            return sum(self._advance_once(gradient) for _ in range(steps)) / steps
+        unlabeled, tasks = self._inputs.unlabeled, self._bank.tasks
+        if without := [task for task in tasks if not len(unlabeled.models.get(task, ()))]:
+            raise ParameterError(f"dict_fusion learns on unlabelled samples of every task; {without} have none")
+        models = [unlabeled.models[task] for task in tasks]
+        with unlabeled.gradient() as gradient:
+            return sum(self._advance_once(models, gradient) for _ in range(steps)) / steps
 
-    def _advance_once(self, gradient: Tensor) -> float:
+    def _advance_once(self, models: Sequence[TaskModel], gradient: Tensor) -> float:
         self._optimizer.zero_grad()
-        loss = sum(self._add_gradient(self._model(task), gradient) for task in self._bank.tasks)
-        if not np.isfinite(loss):
+        loss = sum(self._add_gradient(model, gradient) for model in models)
+        if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss}")
         self._optimizer.step()
         self.step += 1
         return loss
 
-    def _model(self, task: str) -> TaskModel:
-        model = self._inputs.unlabeled.models.get(task)
-        if model is None or not len(model):
-            raise ParameterError(f"dict_fusion learns on unlabelled samples of every task, and {task!r} has none")
-        return model
-
     def _add_gradient(self, model: TaskModel, gradient: Tensor) -> float:
         """Add what one task's batch says to the mapping's gradient; returns its entropy."""
         size = self._method.batch_size
         positions = np.arange(self.step * size, (self.step + 1) * size) % len(model)
-        coding = self.mapping(self._features.of(model)[positions]).mean(0).view(self._codings.shape)
+        coding = self.mapping(self._features.of(model, positions)).mean(0).view(self._codings.shape)
         merge_into(self._bank, coding.detach(), model.flat)
         gradient.zero_()
         entropy = mean_entropy(model.logits(model.inputs(positions)))
@@ -182,16 +186,15 @@ class DictLearner(Learner):
 
     def _coding_gradient(self, gradient: Tensor) -> Tensor:
         """``tau_t . g`` ``[T]``, or ``[T, L]`` of every layer."""
-        rows, layers = self._bank.task_vectors, self._bank.layout.bounds
-        if self._codings.layers is None:
-            return torch.stack([torch.dot(row, gradient) for row in rows])
-        spans = list(pairwise(layers))
-        return torch.stack([torch.stack([row[i:j] @ gradient[i:j] for i, j in spans]) for row in rows])
+        whole = np.array([0, len(gradient)])
+        bounds = whole if self._codings.layers is None else self._bank.layout.bounds
+        return layer_dots(self._bank.task_vectors, gradient, bounds).view(self._codings.shape)
 
     def merged(self) -> Merged:
-        """A model for each sample, from the mapping learned so far."""
+        """A model for each sample, from the mapping learned so far; ``resolved`` learns so many steps again."""
         resolved = dataclasses.replace(self._method, steps=self.step)
-        return DictPredictor(resolved, self._bank, self.mapping, self._codings, self._features, self.step)
+        mapping = copy.deepcopy(self.mapping)
+        return DictPredictor(resolved, self._bank, mapping, self._codings, self._features, self.step)
 
     def state(self) -> dict[str, np.ndarray]:
         """The mapping (as :func:`read_mapping` reads it), the optimizer's moments and the step."""
@@ -202,14 +205,15 @@ class DictLearner(Learner):
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """See :meth:`Learner.load`."""
-        self.step = int(state["step"])
+        self.step = state["step"].item()
         names = self.mapping.state_dict()
-        self.mapping.load_state_dict({name: torch.from_numpy(state[f"mapping/{name}"]) for name in names})
+        self.mapping.load_state_dict({name: torch.tensor(state[PREFIX + name]) for name in names})
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
+        for key, array in state.items():
             if key.startswith("optimizer/"):
                 _, index, name = key.split("/")
-                moments.setdefault(int(index), {})[name] = torch.tensor(value)
+                # Saving may make a vector of one number of a scalar.
+                moments.setdefault(int(index), {})[name] = torch.tensor(array.item() if name == "step" else array)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
 
 
@@ -227,7 +231,7 @@ class DictPredictor(Predictor):
     def codings(self, model: TaskModel, positions: Any) -> Tensor:
         """The coefficients of the samples at ``positions``: ``[B, T]``, or ``[B, T, L]`` by layer."""
         with torch.no_grad():
-            return self.mapping(self.features.of(model)[positions]).unflatten(1, self.coding.shape)
+            return self.mapping(self.features.of(model, positions)).unflatten(1, self.coding.shape)
 
     def outcomes(self, model: TaskModel, positions: Any) -> Tensor:
         """See :meth:`Predictor.outcomes`."""
