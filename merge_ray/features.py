@@ -31,7 +31,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Any) -> Tensor:
-        """The features ``[B, F]`` of a batch, without a graph; raises :class:`DataError` for another kind of samples."""
+        """The features ``[B, F]`` of samples, without a graph; raises :class:`DataError` for another kind of them."""
 
 
 def open_extractor(location: str, device: torch.device | str = "cpu") -> Extractor:

@@ -562,6 +562,9 @@ def test_published_mappings_are_read_without_running_them(tmp_path: Path) -> Non
     (tmp_path / "mapping.json").write_text('{"tasks": ["task2", "task0", "task1"]}')
     named = read_mapping(path, FEATURES, "extractor", make_codings(3))
     assert torch.equal(named(features), network(features)[:, [1, 2, 0]])
+    (tmp_path / "mapping.json").write_text('{"tasks": 3}')
+    with pytest.raises(CheckpointError, match="'tasks' of its outputs must be a list of names, not 3"):
+        read_mapping(path, FEATURES, "extractor", make_codings(3))
     (tmp_path / "mapping.json").write_text("[3]")
     with pytest.raises(CheckpointError, match="what its outputs are for cannot be read as a JSON object"):
         read_mapping(path, FEATURES, "extractor", make_codings(3))
@@ -601,7 +604,8 @@ def test_pickles_that_run_something_and_other_files_are_refused(tmp_path: Path) 
     save_file({"weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"not a mapping: .* has 0\.weight, .*; this has weight"):
         read_mapping(str(tmp_path / "other.safetensors"), 2, "extractor", make_codings(2))
-    (tmp_path / "bad.npz").write_bytes(b"PK")
+    write_mapping(tmp_path / "bad.npz", make_codings(2))
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be read as a saved mapping"):
         read_mapping(str(tmp_path / "bad.npz"), 2, "extractor", make_codings(2))
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def read_mapping(location: str, features: int, extractor: str, codings: Codings)
     return mapping
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[str] | None]]:
     """The mapping's tensors, and what is known of its outputs."""
     arrays = _read_npz(path) if path.suffix == ".npz" else read_weights(path)
     arrays = {name.removeprefix(PREFIX): tensor for name, tensor in arrays.items()}
@@ -110,21 +111,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"this has {', '.join(arrays)}"
         )
     beside = path.with_suffix(".json")
+    if beside.is_file():
+        return weights, _named(beside.read_bytes(), beside)
+    return weights, _named(arrays["about"].numpy().tobytes() if "about" in arrays else b"{}", path)
+
+
+def _named(text: bytes, path: Path) -> dict[str, list[str] | None]:
+    """The ``tasks`` and ``layers`` that a JSON object names, None where it does not."""
     try:
-        if beside.is_file():
-            about = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            about = json.loads(arrays["about"].numpy().tobytes()) if "about" in arrays else {}
-        return weights, {name: about.get(name) for name in ("tasks", "layers")}
+        about = json.loads(text)
+        named = {name: about.get(name) for name in ("tasks", "layers")}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: what its outputs are for cannot be read as a JSON object ({error})") from error
+    for name, words in named.items():
+        if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise CheckpointError(f"{path}: {name!r} of its outputs must be a list of names, not {words!r}")
+    return named
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path) as saved:
             return {name: torch.from_numpy(saved[name]) for name in saved.files if name.startswith(PREFIX)}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read as a saved mapping ({error})") from error
 
 
@@ -180,4 +189,4 @@ def _order(about: Mapping[str, Any], codings: Codings) -> Tensor:
 
 
 def _places(named: Sequence[str] | None, wanted: Sequence[str]) -> Tensor:
-    return torch.tensor([wanted.index(name) if named is None else list(named).index(name) for name in wanted])
+    return torch.arange(len(wanted)) if named is None else torch.tensor([named.index(name) for name in wanted])
