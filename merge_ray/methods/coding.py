@@ -131,7 +131,7 @@ def _named(text: bytes, path: Path) -> dict[str, list[str] | None]:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             return {name: torch.from_numpy(saved[name]) for name in saved.files if name.startswith(PREFIX)}
     except (OSError, ValueError, BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read as a saved mapping ({error})") from error
