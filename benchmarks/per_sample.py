@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def main(
     console.print(table)
     best = min(seconds[name] for name in others[:2])
     console.print(
-        f"the pick takes {cast(float, seconds[others[2]]) / best:.2f} x the better way's time; "
+        f"the pick takes {seconds[others[2]] / best:.2f} x the better way's time; "
         f"its first call, with the measurements that it picks by, took {measuring:.1f} s"
     )
 

@@ -65,6 +65,10 @@ class TaskModel:
         """What the skeleton takes for the samples at ``positions``."""
         return self.data.inputs(positions)
 
+    def samples(self, positions: Positions) -> Any:
+        """The samples as any other model takes them: see :meth:`merge_ray.families.TaskData.samples`."""
+        return self.data.samples(positions)
+
     def logits(self, inputs: Any) -> Tensor:
         """Answers ``[B, C]`` to :meth:`inputs`, with a graph where gradients are enabled."""
         return self.data.logits(self.skeleton, inputs)

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "merge_ray"
 ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
     "relatedness", "finetune", "merging", "candidate", "search", "evaluate", "families", "tasks", "methods",
-    "statistics", "matching", "bank", "kernels", "checkpoints", "progress", "space", "errors",
+    "features", "statistics", "matching", "bank", "kernels", "checkpoints", "progress", "space", "errors",
 ]  # fmt: skip
 
 # Libraries whose import has another name than their distribution.

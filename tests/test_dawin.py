@@ -16,12 +16,10 @@ from safetensors.torch import load_file
 from test_goldens import Case, load
 from torch import Tensor
 
-from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError
 from merge_ray.evaluate import Evaluator, TaskModel, UnlabeledSamples
 from merge_ray.families import find_family
-from merge_ray.kernels import chunked
 from merge_ray.methods import mixtures, per_sample
 from merge_ray.methods.base import MergeCache, Merged, MergeInputs, Predictor, make_method
 from merge_ray.methods.base import TaskModel as AnyTaskModel
@@ -365,16 +363,6 @@ def test_a_forward_pass_that_branches_on_values_is_merged_for(bank: ModelBank, f
     assert torch.equal(picked, outcomes_per_sample(bank, model, slice(0, 4), coefficients, "merge"))
     with pytest.raises(RuntimeError, match="vmap"):
         outcomes_per_sample(bank, model, slice(0, 4), coefficients, "shared")
-
-
-def test_layers_are_merged_with_coefficients_of_their_own() -> None:
-    bounds, rows, base = np.array([0, 5000, 5001, 5001, 9000, 20000]), torch.randn(3, 20000), torch.randn(20000)
-    coefficients, out = torch.randn(3, 5), torch.empty(20000)
-    kernels.merge_layers(base, rows, coefficients, bounds, out)
-    wide = coefficients.repeat_interleave(torch.from_numpy(np.diff(bounds)), dim=1)
-    torch.testing.assert_close(out, base + (wide * rows).sum(0))
-    chunked.merge_layers(base, rows, coefficients, bounds, again := torch.empty(20000))
-    torch.testing.assert_close(again, out)
 
 
 # What holds for every method

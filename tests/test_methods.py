@@ -399,7 +399,8 @@ print(json.dumps(peaks))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_memory_beyond_the_bank_is_at_most_two_models_and_four_for_methods_that_ask_them() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(METHODS)], capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-c", PEAK, json.dumps(METHODS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peaks = json.loads(done.stdout)
     assert sorted(peaks) == METHODS
     limits = {name: 4 if "unlabeled" in find_method(name).needs else 2 for name in METHODS}

@@ -79,6 +79,10 @@ class TaskData(ABC):
     def inputs(self, positions: Positions) -> Any:
         """What the skeleton takes for the samples at ``positions``; their number is ``B`` below."""
 
+    def samples(self, positions: Positions) -> Any:
+        """The samples before what is particular to the skeleton: images uint8 ``[B, 3, S, S]``, or texts ``[B]``."""
+        return self.inputs(positions)
+
     @abstractmethod
     def logits(self, skeleton: Skeleton, inputs: Any) -> Tensor:
         """The skeleton's answers ``[B, C]``, with a graph where gradients are enabled."""

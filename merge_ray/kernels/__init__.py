@@ -84,13 +84,6 @@ def weighted_sum(
     return out
 
 
-def merge_layers(base: Tensor, task_vectors: Tensor, coefficients: Tensor, bounds: np.ndarray, out: Tensor) -> Tensor:
-    """``out = base + sum_t c_tl * task_vectors[t]`` in layer ``l``; coefficients ``[T, L]``, bounds ``[L + 1]``."""
-    weights = coefficients.detach().cpu().float().contiguous()
-    _backend(out).merge_layers(base, task_vectors, weights, bounds, out)
-    return out
-
-
 def disjoint_merge(
     task_vectors: Tensor,
     thresholds: Tensor,

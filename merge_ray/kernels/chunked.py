@@ -7,7 +7,6 @@ return arrays for inspection.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,12 +28,6 @@ def weighted_sum(task_vectors: Tensor, weights: Tensor, out: Tensor, base: Tenso
             total += row[columns] * weight
         total *= scale
         out[columns] = total if base is None else base[columns] + total
-
-
-def merge_layers(base: Tensor, task_vectors: Tensor, weights: Tensor, bounds: np.ndarray, out: Tensor) -> None:
-    """See :func:`merge_ray.kernels.merge_layers`."""
-    for layer, (start, stop) in enumerate(pairwise(bounds)):
-        weighted_sum(task_vectors[:, start:stop], weights[:, layer], out[start:stop], base[start:stop], 1.0)
 
 
 def kth_magnitudes(task_vectors: Tensor, bounds: np.ndarray, ranks: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from merge_ray.kernels.threads import BLOCK, over_columns
 from merge_ray.kernels.thresholds import kth_magnitudes
 
-__all__ = ["apply_bits", "apply_masks", "disjoint_merge", "kth_magnitudes", "mask_bits", "merge_layers", "weighted_sum"]
+__all__ = ["apply_bits", "apply_masks", "disjoint_merge", "kth_magnitudes", "mask_bits", "weighted_sum"]
 
 # Weighted sums
 
@@ -43,30 +43,6 @@ def _weighted_sum(rows, weights, out, base, with_base, scale, start, stop):  # t
         else:
             for column in range(len(target)):
                 target[column] = scale * total[column]
-
-
-def merge_layers(base: Tensor, task_vectors: Tensor, weights: Tensor, bounds: np.ndarray, out: Tensor) -> None:
-    """See :func:`merge_ray.kernels.merge_layers`."""
-    over_columns(_merge_layers, len(out), task_vectors, weights, bounds, out, base)
-
-
-@njit(nogil=True, cache=True)
-def _merge_layers(rows, weights, bounds, out, base, start, stop):  # type: ignore[no-untyped-def]
-    total = np.empty(BLOCK, np.float32)
-    layer, first = np.searchsorted(bounds, start, side="right") - 1, start
-    while first < stop:
-        while bounds[layer + 1] <= first:
-            layer += 1
-        last = min(first + BLOCK, stop, bounds[layer + 1])
-        target, anchor, part = out[first:last], base[first:last], total[: last - first]
-        part[:] = np.float32(0)
-        for task in range(len(rows)):
-            row, weight = rows[task, first:last], weights[task, layer]
-            for column in range(len(row)):
-                part[column] += weight * row[column]
-        for column in range(len(target)):
-            target[column] = anchor[column] + part[column]
-        first = last
 
 
 # TIES

@@ -58,7 +58,8 @@ def merge_into(bank: ModelBank, coefficients: Tensor, out: Tensor) -> None:
     if coefficients.ndim == 1:
         kernels.weighted_sum(bank.task_vectors, coefficients.tolist(), out, bank.base)
     else:
-        kernels.merge_layers(bank.base, bank.task_vectors, coefficients, bank.layout.bounds, out)
+        by_layer = coefficients.to(out.device).contiguous()
+        kernels.layer_sum(bank.task_vectors, by_layer, bank.layout.bounds, out, bank.base)
 
 
 @dataclass
