@@ -15,6 +15,7 @@ from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.errors import CheckpointError, ParameterError
 from merge_ray.methods.base import LearnedMethod, Learner, Merged, MergeInputs, SharedWeights, param, register
+from merge_ray.methods.entropies import entropy
 from merge_ray.methods.ties import cached_thresholds
 from merge_ray.space import Choice, Float, Int, Space
 
@@ -241,12 +242,6 @@ class CoefficientLearner(Learner):
         moved = {name: tensor if name == "step" else tensor.to(self.coefficients.device)
                  for name, tensor in tensors.items()}  # fmt: skip
         self.optimizer.state[self.coefficients] = moved
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """The entropy ``[B]`` of the predictions, in nats: ``-sum_c p_c log p_c`` with ``p`` the softmax of ``[B, C]``."""
-    logarithms = logits.log_softmax(dim=1)
-    return -(logarithms.exp() * logarithms).sum(dim=1)
 
 
 def elect(inputs: MergeInputs, density: float) -> kernels.Election:

@@ -31,12 +31,15 @@ from merge_ray.methods.base import (
     register,
 )
 from merge_ray.methods.coding import PREFIX, Codings, mapping_arrays, new_mapping, read_mapping
+from merge_ray.methods.entropies import entropy
 from merge_ray.methods.per_sample import merge_into, outcomes_per_sample
 from merge_ray.space import Choice, Float, Int, Space
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 EXTRACTED = 64
 """Samples that an extractor describes at once."""
+BASE = "base"
+"""In place of an extractor: the base model's own output for a sample, before its head."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class DictFusion(LearnedMethod):
     feature_extractor: str = param(
         "microsoft/resnet-18",
         valid=Location(),
-        help="what describes the samples: an image model or sentence encoder, as a directory or on the hub",
+        help="what describes the samples: an image model or sentence encoder, as a directory or on the hub, or 'base'",
     )
     mapping: str | None = param(None, valid=Location(optional=True), help="a saved mapping to begin with")
     initial_coefficient: float = param(0.3, valid=Float(-10, 10), help="every coding of a new mapping")
@@ -113,10 +116,13 @@ class Features:
 
     def __init__(self, location: str, inputs: MergeInputs) -> None:
         self.location = location
-        self._device = inputs.bank.base.device
-        # Small results stay cached: an extractor whose features are all there is not opened again.
-        size = inputs.cached(("feature_size", location), lambda: torch.tensor(self._extractor.size))
-        self.size = int(size)
+        self._base, self._device = inputs.bank.base, inputs.bank.base.device
+        if location == BASE:
+            self.size = self.of(next(iter(inputs.unlabeled.models.values())), slice(0, 1)).shape[1]
+        else:
+            # Small results stay cached: an extractor whose features are all there is not opened again.
+            size = inputs.cached(("feature_size", location), lambda: torch.tensor(self._extractor.size))
+            self.size = int(size)
 
     @cached_property
     def _extractor(self) -> Extractor:
@@ -133,7 +139,10 @@ class Features:
         """The features of all samples ``[N, F]``, in the host's memory."""
         places = [slice(start, start + EXTRACTED) for start in range(0, len(model), EXTRACTED)]
         # Scoring runs in inference mode; learning cannot use tensors that were made there.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
+            if self.location == BASE:
+                model.flat.copy_(self._base)
+                return torch.cat([model.skeleton(model.inputs(positions)).cpu() for positions in places])
             return torch.cat([self._extractor(model.samples(positions)).cpu() for positions in places])
 
 
@@ -179,10 +188,10 @@ class DictLearner(Learner):
         coding = self.mapping(self._features.of(model, positions)).mean(0).view(self._codings.shape)
         merge_into(self._bank, coding.detach(), model.flat)
         gradient.zero_()
-        entropy = mean_entropy(model.logits(model.inputs(positions)))
-        entropy.backward()
+        loss = entropy(model.logits(model.inputs(positions))).mean()
+        loss.backward()
         coding.backward(self._coding_gradient(gradient))
-        return entropy.item()
+        return loss.item()
 
     def _coding_gradient(self, gradient: Tensor) -> Tensor:
         """``tau_t . g`` ``[T]``, or ``[T, L]`` of every layer."""
@@ -245,9 +254,3 @@ class DictPredictor(Predictor):
     def artifacts(self) -> dict[str, np.ndarray]:
         """The mapping, as :func:`read_mapping` reads it."""
         return mapping_arrays(self.mapping, self.coding, self.features.location, self.step)
-
-
-def mean_entropy(logits: Tensor) -> Tensor:
-    """The mean over the samples of the entropy (nats) of the predictions of ``logits`` ``[B, C]``."""
-    log_probabilities = logits.log_softmax(dim=1)
-    return -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean()
