@@ -21,8 +21,8 @@ import tiny
 import torch
 
 from merge_ray.bank import ModelBank
-from merge_ray.checkpoints import read_weights
 from merge_ray.candidate import Candidate, Fingerprints
+from merge_ray.checkpoints import read_weights
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
