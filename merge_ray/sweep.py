@@ -110,8 +110,8 @@ class _Sweep:
     def _to_confirm(self, row: Mapping[str, Any]) -> Candidate:
         """A candidate's merge on the test split, with the choices that it made on validation data.
 
-        Where it looks at unlabelled inputs it is told what it learned from them, or looks at those of the test split
-        where it may (:meth:`_learn`), instead.
+        What a method learned from unlabelled inputs is not among these: it is given beside (:meth:`_learn`), or
+        learned anew from those of the test split where the spec allows that.
         """
         looks = "unlabeled" in find_method(row["method"]).needs
         parameters = json.loads(row["parameters" if looks else "resolved"])

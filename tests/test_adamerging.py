@@ -342,3 +342,19 @@ def test_layer_kernels_agree_with_torch_and_with_the_path_of_accelerators(
     for got in results:
         torch.testing.assert_close(got[0], weights)
         torch.testing.assert_close(got[1], dots, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elected", [False, True])
+def test_a_gpu_gives_the_same(elected: bool) -> None:
+    rows, base, gradient, coefficients = torch.randn(3, 9001), torch.randn(9001), torch.randn(9001), torch.rand(3, 3)
+    bounds, election, moved = np.array([0, 700, 4096, 9001]), None, None
+    if elected:
+        limits = kernels.trim_thresholds(rows, 0.4)
+        election = kernels.Election(limits, kernels.elect_sign(rows, limits))
+        moved = kernels.Election(limits.cuda(), election.signs.cuda())
+    want = kernels.layer_sum(rows, coefficients, bounds, torch.empty(9001), base, election)
+    got = kernels.layer_sum(rows.cuda(), coefficients.cuda(), bounds, base.cuda().clone(), base.cuda(), moved)
+    torch.testing.assert_close(got.cpu(), want)
+    dots = kernels.layer_dots(rows.cuda(), gradient.cuda(), bounds, moved)
+    torch.testing.assert_close(dots.cpu(), kernels.layer_dots(rows, gradient, bounds, election), rtol=1e-4, atol=1e-4)
