@@ -24,8 +24,8 @@ from merge_ray.errors import CheckpointError, MergeRayError, ParameterError
 from merge_ray.evaluate import TaskModel, UnlabeledSamples
 from merge_ray.families import Skeleton
 from merge_ray.methods.adamerging import AdaMerging, CoefficientLearner, elect
-from merge_ray.methods.entropies import entropy
 from merge_ray.methods.base import MergeInputs, make_method
+from merge_ray.methods.entropies import entropy
 
 
 class GoldenEncoder(Skeleton):

@@ -168,6 +168,15 @@ def test_coefficients_between_two_models() -> None:
     losses = [F.cross_entropy(logits, labels, reduction="none") for logits in (base, finetuned)]
     case.check("loss_ratio_labels/ViT-B-32", finetuned_share(losses[0], losses[1]))
     case.check("loss_ratio_labels/ViT-B-32_offset", finetuned_share(losses[0], losses[1], *offset(*losses)))
+    # Kept beside the method: other measures of how sure the models are.
+    cold, warm = case.parameters["temperatures"]["ViT-B/32"]
+    mean = ((base / cold).softmax(dim=1) + (finetuned / warm).softmax(dim=1)) / 2
+    for kind, target in {"pseudo_label1": mean, "pseudo_label3": mean.argmax(dim=1)}.items():
+        losses = [F.cross_entropy(logits, target, reduction="none") for logits in (base, finetuned)]
+        case.check(f"loss_ratio_{kind}/ViT-B-32", finetuned_share(losses[0], losses[1]))
+    # The reference takes the fine-tuned model's confidence from the pre-trained model's logits.
+    confidences = [(base / temperature).softmax(dim=1).amax(dim=1) for temperature in (cold, warm)]
+    case.check("confidence_ratio_reference/ViT-B-32", finetuned_share(-confidences[0], -confidences[1]))
 
 
 @pytest.mark.parametrize("name", ["rft_beta_mixture_K2", "rft_beta_mixture_K3"])
