@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import make_unlabeled
 from test_goldens import Case, load
 from torch import Tensor, nn
 from torch.nn import functional
@@ -340,6 +341,18 @@ def test_learning_lowers_the_entropy_and_touches_no_input(world: World, granular
     assert losses[-1] < losses[0]
     assert torch.equal(world.bank.base, before[0])
     assert torch.equal(world.bank.task_vectors, before[1])
+
+
+def test_the_base_model_may_be_the_extractor(world: World) -> None:
+    unlabeled = make_unlabeled(world.bank.layout, world.bank.tasks)
+    inputs = MergeInputs(world.bank, cache=MergeCache(1 << 20), resources={"unlabeled": unlabeled})
+    learner = make_method("dict_fusion", {"feature_extractor": "base", **LEARNING}).learner(inputs)  # type: ignore[attr-defined]
+    model = unlabeled.models[world.bank.tasks[0]]
+    before = learner.merged().codings(model, slice(0, 5))
+    learner.advance(20)
+    after = learner.merged().codings(model, slice(0, 5))
+    # The samples' own features tell their codings apart, once there is something learned.
+    assert before.std(dim=0).max() < 1e-6 < after.std(dim=0).max()
 
 
 def test_gradients_are_those_of_a_graph_through_the_merge(world: World) -> None:
