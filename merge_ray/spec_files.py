@@ -20,11 +20,15 @@ Spec = TypeVar("Spec", bound=BaseModel)
 
 
 def load_sweeps(path: Path | str, overrides: Sequence[str] = ()) -> list[SweepSpec]:
-    """The sweeps that a YAML file describes: one, or one for each length of the papers' task list.
+    """The sweeps that a YAML file describes, in order: of each of its documents one, or one for each length of the
+    papers' task list.
 
     overrides: ``key.inner=value`` texts that replace values of the file. Raises :class:`SpecError`.
     """
-    raw = read_yaml(path)
+    return [sweep for raw in _read_documents(path) for sweep in _sweeps_of(raw, path, overrides)]
+
+
+def _sweeps_of(raw: dict[str, Any], path: Path | str, overrides: Sequence[str]) -> list[SweepSpec]:
     for text in overrides:
         _override(raw, text)
     counts = raw.pop("num_tasks", None)
@@ -93,15 +97,22 @@ def _with_task_defaults(task: Any, defaults: Mapping[str, Any]) -> Any:
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The mapping in a YAML file; raises :class:`SpecError` with the line of a syntax mistake."""
+    documents = _read_documents(path)
+    if len(documents) != 1:
+        raise SpecError(f"{path}: holds {len(documents)} documents, where one is wanted")
+    return documents[0]
+
+
+def _read_documents(path: Path | str) -> list[dict[str, Any]]:
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        documents = list(yaml.safe_load_all(Path(path).read_text()))
     except OSError as error:
         raise SpecError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
+    if not documents or not all(isinstance(raw, dict) for raw in documents):
         raise SpecError(f"{path}: a spec is a mapping of keys to values")
-    return raw
+    return documents
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -78,9 +78,9 @@ class Study:
             if candidate.identity in self._seen:
                 continue
             self._seen.add(candidate.identity)
-            if (row := self._answer(candidate)) is None:
+            if (outcome := self._answer(candidate)) is None:
                 return candidate
-            self.outcomes[candidate.identity] = outcome_of(row)
+            self.outcomes[candidate.identity] = outcome
         self.exhausted = True
         return None
 
@@ -111,12 +111,13 @@ class Study:
         proposed = replace(self.template, parameters={**self.spec.parameters, **proposal})
         return replace(self.template, parameters=proposed.make().parameters())
 
-    def _answer(self, candidate: Candidate) -> Mapping[str, Any] | None:
-        """The ledger's row for a candidate; one that was cut short counts only where a scheduler may do so."""
-        row = self.known.get(candidate.identity)
-        if row is not None and row["status"] == "pruned" and self.spec.scheduler == "none":
-            return None
-        return row
+    def _answer(self, candidate: Candidate) -> Outcome | None:
+        """What the ledger or an earlier study has found; what was cut short counts only where a scheduler may do so."""
+        found = [study.outcomes.get(candidate.identity) for study in self.earlier]
+        if (row := self.known.get(candidate.identity)) is not None:
+            found.append(outcome_of(row))
+        may_prune = self.spec.scheduler != "none"
+        return next((item for item in found if item is not None and (may_prune or not item.pruned)), None)
 
     def _tell(self) -> None:
         assert self._proposer is not None

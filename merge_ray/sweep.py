@@ -22,7 +22,7 @@ from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.learning import REPORTS, learn_all
-from merge_ray.cluster.ledger import forget_learned, record, start_results_actor
+from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
@@ -99,6 +99,16 @@ class _Sweep:
         with self.progress.bars({study.spec.name: study.spec.trials for study in studies}) as update:
             show = partial(_show_studies, studies, update)
             run_studies(studies, self.pool, self.ledger, references["val"], shards, self.spec.directory, show)
+        self._share_rows(studies)
+
+    def _share_rows(self, studies: Sequence[Study]) -> None:
+        """Give every study a row of each of its candidates, also of those that another study has scored."""
+        rows = read_rows(self.spec.directory)
+        owned = set(zip(rows["study"], rows["identity"], strict=True))
+        for study in studies:
+            for candidate in {item.identity: item for item in study.candidates}.values():
+                if (study.spec.name, candidate.identity) not in owned:
+                    share(self.ledger, candidate, study.spec.name)
 
     def confirm(self, references: Mapping[str, Mapping[str, float]]) -> None:
         """Score the best candidate of every study on the test split, and keep its artifacts."""
@@ -138,7 +148,7 @@ class _Sweep:
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
                 if keep_artifacts and (arrays := ray.get(ask_artifacts())):
-                    row["artifacts"] = [ray.get(self.ledger.keep.remote(candidate.identity, arrays))]
+                    row["artifacts"] = [keep(self.ledger, candidate, arrays)]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 

@@ -150,12 +150,18 @@ def test_what_is_missing_is_scored_again_with_the_same_result(world: Path, finis
 
 def test_more_trials_add_to_the_same_ledger(world: Path, finished: Path) -> None:
     before = set(ledger_files(finished))
-    sweep(
-        world, studies={"task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5, 0.7]}}}
-    )
+    study = {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5, 0.7]}}
+    same = {"method": "task_arithmetic", "parameters": {"scaling_coefficient": 0.1}}
+    sweep(world, studies={"task_arithmetic": study, "same": same})
     assert before < set(ledger_files(finished))
     rows = read_rows(finished)
-    assert len(rows[(rows["study"] == "task_arithmetic") & (rows["split"] == "val")]) == 4
+    own = rows[(rows["study"] == "task_arithmetic") & (rows["split"] == "val")]
+    assert len(own) == 4
+    # A candidate of two studies is scored once, and is a row of both.
+    [shared] = rows[(rows["study"] == "same") & (rows["split"] == "val")].to_dict("records")
+    assert shared["identity"] in set(own["identity"])
+    assert shared["seconds_total"] == 0
+    assert {"task_arithmetic", "same"} <= set(rank(rows)["study"])
 
 
 def test_asha_stops_losers_and_says_so(world: Path, ray_cluster: dict[str, Any]) -> None:

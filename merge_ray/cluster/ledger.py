@@ -14,11 +14,13 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from merge_ray.candidate import Candidate
+from merge_ray.candidate import Candidate, fingerprint_of
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.errors import LedgerError
 from merge_ray.leaderboard.rows import ROW_SCHEMA
+
+SECONDS = ("seconds_merge", "seconds_evaluate", "seconds_total")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -36,16 +38,28 @@ class ResultsActor:
 
     def record(self, row: Mapping[str, Any]) -> str:
         """Make ``row`` durable and return its identity; raises :class:`LedgerError` if it cannot be written."""
-        table = pa.Table.from_pylist([dict(row)], schema=ROW_SCHEMA)
-        write_durably(
-            self.directory / "trials" / f"{row['identity']}.parquet", lambda file: pq.write_table(table, file)
-        )
+        self._write_row(row["identity"], pa.Table.from_pylist([dict(row)], schema=ROW_SCHEMA))
         return str(row["identity"])
 
-    def keep(self, identity: str, arrays: Mapping[str, np.ndarray]) -> str:
-        """Save a candidate's artifacts as ``artifacts/<identity>.npz``; returns the path within the results."""
+    def share(self, identity: str, study: str) -> None:
+        """Give ``study`` a row of its own of a candidate that another study has scored; it took no time."""
+        table = pq.read_table(self.directory / "trials" / f"{identity}.parquet", schema=ROW_SCHEMA)
+        for name, value in {"study": study, **dict.fromkeys(SECONDS, 0.0)}.items():
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, table.field(place), pa.array([value], table.field(place).type))
+        self._write_row(f"{identity}-{fingerprint_of(study)[:8]}", table)
+
+    def _write_row(self, name: str, table: pa.Table) -> None:
+        write_durably(self.directory / "trials" / f"{name}.parquet", lambda file: pq.write_table(table, file))
+
+    def keep(self, identity: str, study: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save the artifacts of a study's best candidate; returns their path within the results.
+
+        It is ``artifacts/<identity>.npz``; ``artifacts/<study>.npz`` is a copy, for other sweeps to name.
+        """
         path = self.directory / "artifacts" / f"{identity}.npz"
-        write_durably(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        for copy in (path, path.with_name(f"{study}.npz")):
+            write_durably(copy, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         return str(path.relative_to(self.directory))
 
     def save_learned(self, identity: str, learned: Learned) -> None:
@@ -80,6 +94,17 @@ def start_results_actor(directory: Path, name: str) -> Any:
 def record(ledger: Any, row: Mapping[str, Any]) -> None:
     """Have the :class:`ResultsActor` make a row durable; raises :class:`LedgerError` if it cannot."""
     _answer(ledger.record.remote(row))
+
+
+def share(ledger: Any, candidate: Candidate, study: str) -> None:
+    """See :meth:`ResultsActor.share`; raises :class:`LedgerError` if the row cannot be written."""
+    _answer(ledger.share.remote(candidate.identity, study))
+
+
+def keep(ledger: Any, candidate: Candidate, arrays: Mapping[str, np.ndarray]) -> str:
+    """See :meth:`ResultsActor.keep`; raises :class:`LedgerError` if they cannot be written."""
+    path: str = _answer(ledger.keep.remote(candidate.identity, candidate.study, arrays))
+    return path
 
 
 def save_learned(ledger: Any, candidate: Candidate, learned: Learned) -> None:
