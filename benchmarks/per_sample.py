@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -64,13 +64,13 @@ def make_world(architecture: str, tasks: int, samples: int, device: torch.device
 
 
 def papers_way(bank: ModelBank, model: TaskModel, coefficients: Tensor) -> Tensor:
-    """A state dict for every sample, loaded into the model."""
-    base, task_vectors = bank.layout.views(bank.base), [bank.layout.views(row) for row in bank.task_vectors]
+    """A state dict for every sample, loaded into the model; the base is summed with the coefficient 1, as there."""
+    models = [bank.layout.views(flat) for flat in (bank.base, *bank.task_vectors)]
     parameters = bank.layout.views(model.flat)
     answers = []
     for place, weights in enumerate(coefficients.tolist()):
         state = {
-            name: base[name] + sum(weight * views[name] for weight, views in zip(weights, task_vectors, strict=True))
+            name: cast(Tensor, sum(weight * views[name] for weight, views in zip((1.0, *weights), models, strict=True)))
             for name in parameters
         }
         for name, tensor in state.items():
