@@ -20,6 +20,12 @@ from merge_ray.tasks import TaskSpec
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
+def _file_name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError("a name is made of letters, digits, '_', '.' and '-', and starts with a letter or digit")
+    return value
+
+
 class Strict(BaseModel):
     """A part of a spec: unknown keys are mistakes."""
 
@@ -140,6 +146,11 @@ class StudySpec(SearchSpec):
     parameters: dict[str, Any] = {}
     space: dict[str, SpaceInYaml] | None = None
 
+    @pydantic.field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, value: str) -> str:
+        return _file_name(value)
+
     @pydantic.field_validator("method")
     @classmethod
     def _method_exists(cls, value: str) -> str:
@@ -217,9 +228,7 @@ class SweepSpec(Strict):
     @pydantic.field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("a name is made of letters, digits, '_', '.' and '-', and starts with a letter or digit")
-        return value
+        return _file_name(value)
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> SweepSpec:

@@ -84,7 +84,7 @@ def test_a_mistake_ends_in_one_message_and_status_2(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "No such file or directory" in capsys.readouterr().err.replace("\n", " ")
+    assert "No such file or directory" in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_command_explains_itself() -> None:

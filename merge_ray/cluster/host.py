@@ -117,6 +117,7 @@ class ModelHost:
         return {
             **self.evaluator.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
+            "notes": list(merged.notes),
             "transductive": candidate.split == "test" and self.seen == "test" and "unlabeled" in self.inputs.used,
             "seconds_merge": self.seconds_merge + (learned.seconds if learned else 0.0),
             "seconds_evaluate": self.seconds_evaluate,

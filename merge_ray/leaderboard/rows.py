@@ -41,6 +41,7 @@ ROW_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("status", pa.string()),
         ("error", pa.string()),
+        ("notes", pa.list_(pa.string())),
         ("tasks", pa.list_(TASK_SCORE)),
         ("mean", pa.float64()),
         ("normalized_mean", pa.float64()),
