@@ -202,7 +202,7 @@ def _names(spec: FinetuneSpec) -> list[str]:
     return [task.name for task in spec.tasks]
 
 
-def _split(spec: FinetuneSpec, name: str, split: str, family: Family, cache: Path) -> CachedSplit:
+def _split(spec: FinetuneSpec, name: str, split: str, family: Family, cache: Path) -> Any:
     return family.open_split(open_task(spec.task(name)), split, cache)
 
 
