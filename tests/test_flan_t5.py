@@ -18,12 +18,17 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from merge_ray.bank import Layout, ModelBank
+from merge_ray.checkpoints import read_finetuned, read_weights, write_adapter
 from merge_ray.errors import CheckpointError, DataError, SpecError
 from merge_ray.evaluate import Evaluator
 from merge_ray.families import find_family
 from merge_ray.families.flan_t5 import FlanT5Family, T5Skeleton
 from merge_ray.families.text_data import TextData, answer_tokens, score_answers
+from merge_ray.merging import merge
 from merge_ray.methods.base import MergeInputs, available_methods, make_method
+from merge_ray.models import load_bank
+from merge_ray.progress import Progress
+from merge_ray.spec import ModelsSpec
 from merge_ray.spec_files import load_sweeps
 from merge_ray.tasks import TASK_LISTS, TaskSpec, open_task, overlap, split_texts
 
@@ -369,3 +374,85 @@ def test_a_spec_over_glue_is_valid(tmp_path: Path) -> None:
     [loaded] = load_sweeps(tmp_path / "spec.yaml")
     assert loaded.name == "t_glue" and loaded.task_names == list(TASK_LISTS["glue"])
     assert loaded.tasks[0].parquet == {"train": "glue/CoLA/train.parquet", "test": "glue/CoLA/validation.parquet"}
+
+
+def write_lora(folder: Path, base: dict[str, Tensor], projections: str = "qv", rank: int = 2) -> dict[str, Tensor]:
+    """A random adapter of ``projections`` as peft writes it; returns the weights that it makes."""
+    generator = torch.Generator().manual_seed(len(str(folder)))
+    factors = {}
+    for name in sorted(base):
+        if name.rpartition(".")[0].endswith(tuple(f"Attention.{letter}" for letter in projections)):
+            out, into = base[name].shape
+            a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+            factors[name.removesuffix(".weight")] = (a, b)
+    write_adapter(folder, factors, alpha=8, base="somewhere")
+    return {f"{module}.weight": base[f"{module}.weight"] + 8 / rank * (b @ a) for module, (a, b) in factors.items()}
+
+
+def test_adapters_become_task_vectors_of_what_they_change(tmp_path: Path) -> None:
+    family = tiny_text.write_models(tmp_path / "models")
+    base = safetensors.torch.load_file(tmp_path / "models" / "base.safetensors")
+    wanted = {task: write_lora(tmp_path / "lora" / task, base) for task in tiny_text.TASKS}
+    config = json.loads((tmp_path / "lora" / "ants" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 2, ["q", "v"])
+    names = read_weights(tmp_path / "lora" / "ants")
+    assert "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight" in names
+    models = {"family": "flan_t5", "architecture": str(tmp_path / "models")}
+    models["base"] = str(tmp_path / "models" / "base.safetensors")
+    spec = ModelsSpec.model_validate({**models, "finetuned": str(tmp_path / "lora" / "{task}")})
+    bank, _ = load_bank(spec, tiny_text.TASKS, Progress())
+    assert set(bank.layout.names) == set(wanted["ants"]) and len(bank.layout.names) == 6
+    skeleton = family.skeleton(bank, "cpu")
+    skeleton.flat.copy_(bank.base + bank.task_vectors[1])
+    full = {**base, **wanted["bees"]}
+    torch.testing.assert_close(skeleton(IDS), fill(family, full)(IDS), atol=1e-4, rtol=1e-4)
+    # Beside a model of full weights the adapters are completed.
+    mixed = {task: str(tmp_path / "lora" / task) for task in tiny_text.TASKS}
+    mixed["cats"] = str(tmp_path / "models" / "cats.safetensors")
+    spec = ModelsSpec.model_validate({**models, "finetuned": mixed})
+    bank, _ = load_bank(spec, tiny_text.TASKS, Progress())
+    assert set(bank.layout.names) == set(base)
+    back = bank.layout.unflatten(bank.base + bank.task_vectors[1])
+    assert all(torch.allclose(back[name], full[name], atol=1e-5) for name in full)
+    # The Python front door reads them, too.
+    once = merge("task_arithmetic", base=base, finetuned={"bees": tmp_path / "lora" / "bees"}, scaling_coefficient=1.0)
+    state = once.state_dict()
+    assert all(torch.allclose(state[name], full[name], atol=1e-5) for name in full)
+
+
+def test_adapters_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    base = tiny_text.make_state(tiny_text.write_architecture(tmp_path / "models"))
+    write_lora(tmp_path / "lora", base)
+    with pytest.raises(CheckpointError, match=r"a LoRA for other modules; the base has no decoder.*SelfAttention.q"):
+        read_finetuned(tmp_path / "lora", {name: base[name] for name in base if "SelfAttention.q" not in name})
+    wide = {name: torch.zeros(tensor.shape[0], 2 * tensor.shape[-1]) for name, tensor in base.items()}
+    with pytest.raises(
+        CheckpointError, match=r"a LoRA for another base; the shapes differ in .*\(16 x 16, in the base"
+    ):
+        read_finetuned(tmp_path / "lora", wide)
+    path = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for changes, message in (
+        ({"use_dora": True}, "a LoRA with use_dora"),
+        ({"peft_type": "IA3"}, "a IA3 adapter; only LORA"),
+        ({"lora_alpha": None}, "not the config of a LoRA"),
+        ({"bias": "all"}, "a LoRA with bias"),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(CheckpointError, match=message):
+            read_finetuned(tmp_path / "lora", base)
+    path.write_text(json.dumps(config))
+    tensors = {name: tensor.clone() for name, tensor in read_weights(tmp_path / "lora").items()}
+    tensors["base_model.model.shared.weight"] = torch.zeros(2, 2)
+    safetensors.torch.save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no LoRA of matrices: base_model.model.shared.weight"):
+        read_finetuned(tmp_path / "lora", base)
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root(tmp_path: Path) -> None:
+    base = {"q.weight": torch.zeros(3, 5)}
+    a, b = torch.randn(4, 5), torch.randn(3, 4)
+    write_adapter(tmp_path, {"q": (a, b)}, alpha=8, base="somewhere")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
+    torch.testing.assert_close(read_finetuned(tmp_path, base)["q.weight"], 8 / 4**0.5 * (b @ a))
