@@ -81,7 +81,7 @@ class FlanT5Family(Family):
         from transformers import AutoTokenizer
 
         # transformers would make an empty one.
-        if not self._tokenizer_files():
+        if not self.has_tokenizer:
             raise SpecError(f"{self.architecture}: no tokenizer in {self.directory} (tokenizer.json, spiece.model)")
         try:
             return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
@@ -93,6 +93,11 @@ class FlanT5Family(Family):
         """A hash of all that decides how texts become token ids."""
         parts = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in self._tokenizer_files()]
         return hashlib.sha256(json.dumps([MOST_TOKENS, parts]).encode()).hexdigest()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer in the directory."""
+        return bool(self._tokenizer_files())
 
     def _tokenizer_files(self) -> list[Path]:
         names = ("tokenizer", "special_tokens", "added_tokens", "spiece.model")

@@ -64,10 +64,14 @@ class TextData(TaskData):
 
     def outcomes(self, skeleton: Skeleton, positions: Positions) -> Tensor:
         """Whether each answer is right, bool ``[B]``; of numbers, the number told, float64 ``[B]``."""
+        return self.outcomes_by(skeleton.model, positions)
+
+    def outcomes_by(self, model: Any, positions: Positions) -> Tensor:
+        """The outcomes of the answers of transformers' ``model``."""
         inputs = self.inputs(positions)
         if self.split.answer == "score":
-            return self._chosen(score_answers(skeleton.model, inputs, self.answers), positions)
-        texts = self._write(skeleton.model, inputs)
+            return self._chosen(score_answers(model, inputs, self.answers), positions)
+        texts = self._write(model, inputs)
         if self.numeric:
             return torch.tensor([_number(text) for text in texts], dtype=torch.float64, device=self.device)
         wanted = [self.split.classes[label].strip(STRIPPED) for label in self.labels[positions].tolist()]
