@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ class TextPupil(Pupil):
         answers = self.answers.of(rows)
         ids = pad(self.train, rows, self.model.config.pad_token_id).to(self.model.device)
         self.model.train()
-        with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
-            torch.manual_seed(np.random.SeedSequence((self.seed, step)).generate_state(1)[0].item())
+        with _dropout_of(step, self.seed, ids.device):
             logits = self.ask(ids, answers.clamp(min=0).to(ids.device))
         self.model.eval()
         return answer_loss(logits, answers, self.label_smoothing)
@@ -197,10 +197,19 @@ def noisy_loss(
         ids = pad_sequence(asked, batch_first=True, padding_value=model.config.pad_token_id)
         targets = pad_sequence(wanted, batch_first=True, padding_value=IGNORED)
         ids = _disturb(ids, recipe.token_noise, np.random.default_rng((seed, 1, step)), tokenizer).to(model.device)
-        logits = model(**_question(model, ids, targets.clamp(min=0).to(model.device))).logits
+        with _dropout_of(step, seed, ids.device):
+            logits = model(**_question(model, ids, targets.clamp(min=0).to(ids.device))).logits
         return answer_loss(logits, targets, recipe.label_smoothing) / recipe.batch_size
 
     return loss
+
+
+@contextmanager
+def _dropout_of(step: int, seed: int, device: torch.device) -> Iterator[None]:
+    """What is dropped inside depends on the step and the seed alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+        yield
 
 
 def _disturb(ids: Tensor, noise: float, rng: np.random.Generator, tokenizer: Any) -> Tensor:
