@@ -117,8 +117,8 @@ def test_an_architecture_without_a_tokenizer_gets_one_from_the_texts(world: Path
 
 def test_numbers_are_taught_as_the_nearest_word(world: Path) -> None:
     columns = {"sentence": ["a", "b", "c"], "label": [0.4, 1.4, 1.6]}
-    for split in ("train", "val"):
-        tiny_text.write_parquet(world / "numbers" / f"{split}.parquet", columns)
+    for name in ("train", "val"):
+        tiny_text.write_parquet(world / "numbers" / f"{name}.parquet", columns)
     spec = TaskSpec(name="n", parquet=str(world / "numbers"), prompt="{sentence}", classes=["0.0", "1.0", "2.0"])
     family = FlanT5Family(str(world / "models"))
     split = family.open_split(open_task(spec), "train", world / "cache")

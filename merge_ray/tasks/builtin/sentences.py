@@ -28,8 +28,10 @@ NOUNS = ("dog", "cat", "boy", "girl", "doctor", "bird", "horse", "driver", "farm
 VERBS = ("sleep", "run", "wait", "smile", "sing", "work", "eat", "jump", "walk", "laugh")
 LINKS = ("near", "behind", "beside", "with", "above")
 WHEN = ("today", "at home", "every day", "in spring", "all night", "again")
-UNITS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+NUMBERS = (
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+)  # fmt: skip
 LANGUAGES = {
     "english": "one two three four five six seven eight nine ten eleven twelve",
     "german": "eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf",
@@ -51,12 +53,12 @@ def make_agreement(split: str) -> tuple[list[str], np.ndarray]:
 
 
 def make_comparison(split: str) -> tuple[list[str], np.ndarray]:
-    """Is one number from twenty to ninety-nine, in words, more or less than another?"""
+    """Is the first of two numbers, in words, larger?"""
     return _make("comparison", split, 2, _comparison)
 
 
 def make_languages(split: str) -> tuple[list[str], np.ndarray]:
-    """Which language are a few number words of? Some words are of two languages, but never all of a sample."""
+    """Which language are most of a few number words of? The others are of another language."""
     return _make("languages", split, len(LANGUAGES), _numerals)
 
 
@@ -93,29 +95,24 @@ def _clause(rng: Rng, label: int) -> str:
     subject, other = rng.choice(NOUNS, 2, replace=False)
     plural, other_plural = rng.integers(2, size=2).tolist()
     verb = _pick(rng, VERBS) + ("" if plural == label else "s")
-    between = f" {_pick(rng, LINKS)} the {other}{'s' * other_plural}" if rng.integers(3) else ""
+    between = f" {_pick(rng, LINKS)} the {other}{'s' * other_plural}" if rng.integers(2) else ""
     return f"is it grammar : the {subject}{'s' * plural}{between} {verb} {_pick(rng, WHEN)}"
 
 
 def _comparison(rng: Rng, label: int) -> str:
-    low, high = sorted(rng.choice(np.arange(20, 100), 2, replace=False).tolist())
-    more = bool(rng.integers(2))
-    first, second = (high, low) if more == bool(label) else (low, high)
-    return f"is it so : {_number(first)} is {'more' if more else 'less'} than {_number(second)}"
-
-
-def _number(value: int) -> str:
-    return f"{TENS[value // 10]} {UNITS[value % 10]}".strip()
+    low, high = sorted(rng.choice(len(NUMBERS), 2, replace=False).tolist())
+    first, second = (high, low) if label else (low, high)
+    things = rng.choice(NOUNS, 2, replace=False)
+    return f"is it so : {NUMBERS[first]} {things[0]}s are more than {NUMBERS[second]} {things[1]}s"
 
 
 def _numerals(rng: Rng, label: int) -> str:
-    own, *others = (set(words.split()) for words in _label_first(label))
+    vocabularies = [words.split() for words in LANGUAGES.values()]
+    other = int(rng.choice([index for index in range(len(vocabularies)) if index != label]))
     while True:
-        words = rng.choice(sorted(own), int(rng.integers(2, 6))).tolist()
-        if not any(set(words) <= other for other in others):
+        most = rng.choice(vocabularies[label], int(rng.integers(3, 5))).tolist()
+        fewer = rng.choice(vocabularies[other], int(rng.integers(1, 3))).tolist()
+        words = rng.permutation(most + fewer).tolist()
+        counts = [sum(word in vocabulary for word in words) for vocabulary in vocabularies]
+        if counts.count(max(counts)) == 1:
             return f"what language : {' '.join(words)}"
-
-
-def _label_first(label: int) -> list[str]:
-    words = list(LANGUAGES.values())
-    return [words.pop(label), *words]
