@@ -128,17 +128,19 @@ def test_the_shipped_files_are_small_and_of_the_spec(models: Shipped) -> None:
 def test_fine_tuning_gains_on_every_task(models: Shipped) -> None:
     before = [models.accuracy(models.bank.base, task) for task in models.bank.tasks]
     gains = np.array(models.finetuned()) - before
-    assert gains.min() > 0.02 and gains.mean() > 0.08
+    # The base knows languages already.
+    assert gains.min() > 0 and np.sort(gains)[1:].min() > 0.2
 
 
 def test_averaging_stays_clearly_below_fine_tuning(models: Shipped) -> None:
-    assert models.arithmetic(1 / len(models.bank.tasks)) < float(np.mean(models.finetuned())) - 0.03
+    assert models.arithmetic(1 / len(models.bank.tasks)) < float(np.mean(models.finetuned())) - 0.1
 
 
 def test_the_best_coefficient_lies_inside_the_range(models: Shipped) -> None:
-    scores = {tenths / 10: models.arithmetic(tenths / 10) for tenths in (0, 1, 2, 3, 4, 6, 10)}
+    scores = {tenths / 10: models.arithmetic(tenths / 10) for tenths in (0, 3, 6, 9, 12, 15)}
     best = max(scores, key=scores.__getitem__)
-    assert 0 < best < 1 and scores[best] > max(scores[0.0], scores[1.0]) + 0.01
+    assert 0 < best < 1.5 and scores[best] > max(scores[0.0], scores[1.5]) + 0.05
+    assert scores[best] < float(np.mean(models.finetuned())) - 0.03
 
 
 @pytest.mark.ray

@@ -130,9 +130,7 @@ def answer_tokens(tokenizer: Any, classes: Sequence[str]) -> list[list[int]]:
     answers: list[list[int]] = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in classes]
     if empty := [word for word, ids in zip(classes, answers, strict=True) if not ids]:
         raise DataError(f"the tokenizer has no token for the class {empty[0]!r}")
-    begins = any(
-        first != second and second[: len(first)] == first for first in answers for second in answers
-    )  # fmt: skip
+    begins = any(one != other and other[: len(one)] == one for one in answers for other in answers)
     return [[*answer, tokenizer.eos_token_id] for answer in answers] if begins else answers
 
 

@@ -18,7 +18,7 @@ from merge_ray.checkpoints import write_adapter
 from merge_ray.errors import SpecError
 from merge_ray.families.flan_t5 import FlanT5Family
 from merge_ray.families.text_data import TextData, pad
-from merge_ray.finetune.pupil import Pupil, as_saved
+from merge_ray.finetune.pupil import Pupil
 from merge_ray.finetune.spec import LoraSpec, PretrainSpec
 from merge_ray.finetune.trainer import batch_rows
 from merge_ray.tasks import TextSplit
@@ -130,13 +130,11 @@ class LoraPupil(TextPupil):
 
     def write(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """Save the factors as peft does."""
-        pairs = {module: self.factors.pair(module) for module in self.factors.frozen}
-        saved = {
-            module: (tensors["a"], tensors["b"])
-            for module, (a, b) in pairs.items()
-            if (tensors := as_saved({"a": a.detach(), "b": b.detach()}, dtype))
-        }
-        write_adapter(path.parent, saved, self.lora.alpha, str(self.base_path), metadata)
+        factors = {}
+        for module in self.factors.frozen:
+            a, b = self.factors.pair(module)
+            factors[module] = (a.detach().to(dtype), b.detach().to(dtype))
+        write_adapter(path.parent, factors, self.lora.alpha, str(self.base_path), metadata)
 
 
 class LoraFactors(nn.Module):

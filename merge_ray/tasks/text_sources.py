@@ -100,8 +100,10 @@ def text_source(spec: TaskSpec, paths: Mapping[str, list[Path]]) -> Source | Non
     answers = "target" if spec.label_column not in schema.names and "target" in schema.names else spec.label_column
     for column in (*column_names(prompt), answers):
         if column not in (*schema.names, OPTIONS):
-            raise DataError(f"{first} has no column {column!r}, which task {spec.name!r} asks for; its columns: "
-                            f"{choose_from(column, schema.names)}")  # fmt: skip
+            raise DataError(
+                f"{first} has no column {column!r}, which task {spec.name!r} asks for; "
+                f"{choose_from(column, schema.names)}"
+            )
     classes = _classes(spec, paths, schema, answers, facts.classes if facts else None)
     parts = {part: ParquetTextPart(files, prompt, answers, classes) for part, files in paths.items()}
     return Source(parts, classes)
