@@ -114,5 +114,6 @@ def _numerals(rng: Rng, label: int) -> str:
         fewer = rng.choice(vocabularies[other], int(rng.integers(1, 3))).tolist()
         words = rng.permutation(most + fewer).tolist()
         counts = [sum(word in vocabulary for word in words) for vocabulary in vocabularies]
-        if counts.count(max(counts)) == 1:
+        # Words of several languages must leave no doubt.
+        if counts.count(max(counts)) == 1 and counts.index(max(counts)) == label:
             return f"what language : {' '.join(words)}"
