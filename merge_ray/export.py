@@ -56,7 +56,7 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
         state = bank.state_dict(inputs.out)
         if format == "huggingface":
             path = output / name
-            write_huggingface(path, *family.export_huggingface(state, "CLIPModel"))
+            write_huggingface(path, *family.export_huggingface(state, family.huggingface_model), family.companions())
         elif format == "open_clip":
             path = output / f"{name}.pt"
             write_open_clip(path, state, metadata)

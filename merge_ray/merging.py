@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank, StateDict
-from merge_ray.checkpoints import fingerprint_file, read_weights, write_open_clip, write_safetensors
+from merge_ray.checkpoints import fingerprint_file, read_finetuned, read_weights, write_open_clip, write_safetensors
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.methods.base import Merged, MergeInputs, Method, Unlabeled, make_method
 
@@ -108,9 +108,10 @@ def merge(
     """Merge fine-tuned models with a base model.
 
     method: a method's name, with its ``parameters``, or a :class:`Method`. base, finetuned: state dicts or
-    locations; the fine-tuned models by task. validation: ``validation(result, task)`` scores a merge on a task's
-    validation data, for methods that choose on it; ``result.method`` says what is being scored. unlabeled: every
-    task's samples, for methods that adapt on them; :class:`merge_ray.evaluate.UnlabeledSamples` is such.
+    locations; the fine-tuned models by task, also as LoRA adapters. validation: ``validation(result, task)`` scores a
+    merge on a task's validation data, for methods that choose on it; ``result.method`` says what is being scored.
+    unlabeled: every task's samples, for methods that adapt on them; :class:`merge_ray.evaluate.UnlabeledSamples` is
+    such.
 
     Raises :class:`ParameterError` for unknown methods or parameters and :class:`CheckpointError` for models that
     cannot be read or do not fit each other.
@@ -118,7 +119,8 @@ def merge(
     chosen = make_method(method, parameters) if isinstance(method, str) else method
     if parameters and not isinstance(method, str):
         raise ParameterError(f"{chosen.name} has its parameters already; these were given beside: {sorted(parameters)}")
-    bank = ModelBank.build(_load(base), {task: _loader(source) for task, source in finetuned.items()})
+    state = base if isinstance(base, Mapping) else read_weights(base)
+    bank = ModelBank.build(state, {task: _loader(source, state) for task, source in finetuned.items()})
     given = {"base": base, **{f"finetuned/{task}": source for task, source in finetuned.items()}}
     sources = {name: str(source) for name, source in given.items() if not isinstance(source, Mapping)}
     resources: dict[str, Any] = {} if unlabeled is None else {"unlabeled": unlabeled}
@@ -128,9 +130,5 @@ def merge(
     return MergeResult(merged, bank, sources)
 
 
-def _load(source: Source) -> StateDict:
-    return source if isinstance(source, Mapping) else read_weights(source)
-
-
-def _loader(source: Source) -> StateDict | Callable[[], StateDict]:
-    return source if isinstance(source, Mapping) else partial(_load, source)
+def _loader(source: Source, base: StateDict) -> StateDict | Callable[[], StateDict]:
+    return source if isinstance(source, Mapping) else partial(read_finetuned, source, base)

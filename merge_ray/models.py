@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_ray.bank import ModelBank, digest
 from merge_ray.candidate import fingerprint_of
-from merge_ray.checkpoints import read_weights, write_safetensors
+from merge_ray.checkpoints import is_adapter, read_finetuned, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError
 from merge_ray.families import Family, ImageFamily, head_from_state
 from merge_ray.progress import Progress
@@ -21,16 +21,24 @@ from merge_ray.tasks import Task, cache_directory
 def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> tuple[ModelBank, dict[str, Tensor]]:
     """Read the base and the fine-tuned models; returns the bank and the base's state dict in native names.
 
-    One fine-tuned model is in memory at a time. Raises :class:`CheckpointError` naming the file or the tensors.
+    One fine-tuned model is in memory at a time. Where all of them are LoRA adapters, the bank holds only what these
+    change; beside full weights an adapter is completed from the base. Raises :class:`CheckpointError` naming the file
+    or the tensors.
     """
     family = models.open_family()
     base = family.rename(read_weights(models.base))
-    sources = {task: partial(_read, family, models.finetuned_location(task)) for task in tasks}
+    locations = {task: models.finetuned_location(task) for task in tasks}
+    unchanged = {} if all(map(is_adapter, locations.values())) else base
+    sources = {task: partial(_read, family, location, base, unchanged) for task, location in locations.items()}
     with progress.counted("read the models") as update:
         return ModelBank.build(base, sources, update), base
 
 
-def _read(family: Family, location: str) -> dict[str, Tensor]:
+def _read(
+    family: Family, location: str, base: Mapping[str, Tensor], unchanged: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    if is_adapter(location):
+        return {**unchanged, **read_finetuned(location, base)}
     return family.rename(read_weights(location))
 
 

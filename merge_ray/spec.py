@@ -214,7 +214,7 @@ class HostsSpec(Strict):
 
 
 class SweepSpec(Strict):
-    """A whole sweep. ``tasks`` lists what to be good at, or ``num_tasks`` picks the papers' 8, 14 or 20."""
+    """A whole sweep. ``tasks`` lists what to be good at, or ``num_tasks`` picks the papers' 8, 14, 20 or glue."""
 
     name: str
     results: Path = Path("results")

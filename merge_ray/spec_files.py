@@ -20,8 +20,8 @@ Spec = TypeVar("Spec", bound=BaseModel)
 
 
 def load_sweeps(path: Path | str, overrides: Sequence[str] = ()) -> list[SweepSpec]:
-    """The sweeps that a YAML file describes, in order: of each of its documents one, or one for each length of the
-    papers' task list.
+    """The sweeps that a YAML file describes, in order: of each of its documents one, or one for each of the papers'
+    task lists.
 
     overrides: ``key.inner=value`` texts that replace values of the file. Raises :class:`SpecError`.
     """
@@ -87,12 +87,16 @@ def _with_task_defaults(task: Any, defaults: Mapping[str, Any]) -> Any:
     if not isinstance(task, Mapping):
         return task
     name = str(task.get("name", ""))
-    filled = {
-        key: value.replace("{task}", name) if isinstance(value, str) else value for key, value in defaults.items()
-    }
+    filled = {key: _with_name(value, name) for key, value in defaults.items()}
     if set(task) & set(SOURCES):
         filled = {key: value for key, value in filled.items() if key not in SOURCES}
     return {**filled, **task}
+
+
+def _with_name(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_name(part, name) for key, part in value.items()}
+    return value.replace("{task}", name) if isinstance(value, str) else value
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

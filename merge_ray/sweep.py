@@ -216,7 +216,7 @@ def _prepare_data(
             fingerprints[split][task.name] = cached[split].fingerprint
         for first, second in (("train", "test"), ("val", "test"), ("train", "val")):
             if first in cached and (shared := overlap(cached[first], cached[second])):
-                progress.warn(f"{task.name}: {shared} images of {second} are in {first}, too; its scores may flatter")
+                progress.warn(f"{task.name}: {shared} samples of {second} are in {first}, too; its scores may flatter")
     return fingerprints, heads
 
 

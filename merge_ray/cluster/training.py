@@ -137,7 +137,7 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
     spec = spec.model_copy(update={"output": spec.output.expanduser().absolute()})
     cache = cache_directory().absolute()
     spec.output.mkdir(parents=True, exist_ok=True)
-    with progress.counted("decode the images") as update:
+    with progress.counted("prepare the data") as update:
         prepare_data(spec, cache, update)
     if spec.base is not None:
         with progress.step("read the base"):

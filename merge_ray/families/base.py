@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import Layout, ModelBank
-from merge_ray.errors import SpecError, choose_from
-from merge_ray.tasks import CachedSplit, Task
+from merge_ray.errors import CheckpointError, SpecError, choose_from
+from merge_ray.tasks import PreparedSplit, Task
 
 Positions = slice | np.ndarray | Tensor
 """Which samples of a :class:`TaskData`, counted in its order."""
@@ -63,13 +63,35 @@ class Skeleton(nn.Module):
         raise NotImplementedError
 
 
+def fit_weights(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], device: torch.device | str, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of ``state`` that take the places of ``wanted``, whose names are its own after ``prefix``.
+
+    Tensors that are on ``device`` in the wanted dtype are shared, not copied. Raises :class:`CheckpointError` that
+    lists the tensors that are missing or have another shape.
+    """
+    chosen, problems = {}, []
+    for name, tensor in wanted.items():
+        source = state.get(prefix + name)
+        if source is None:
+            problems.append(f"{prefix}{name} {tuple(tensor.shape)} is missing")
+        elif source.shape != tensor.shape:
+            problems.append(f"{prefix}{name} is {tuple(source.shape)}, the architecture has {tuple(tensor.shape)}")
+        else:
+            chosen[name] = source.to(device=device, dtype=tensor.dtype)
+    if problems:
+        raise CheckpointError("the weights do not fit the architecture:\n" + "\n".join(problems))
+    return chosen
+
+
 class TaskData(ABC):
     """One task's split on a device, in a fixed random order: what a model is asked, and what its answers are worth.
 
     metric: the score's name in the ledger. labels: ``[N]``, in order.
     """
 
-    metric: ClassVar[str] = "accuracy"
+    metric: str = "accuracy"
     labels: Tensor
 
     def __len__(self) -> int:
@@ -107,10 +129,11 @@ class Family(ABC):
     """A kind of architecture: how its weights are named, built and asked.
 
     name: as in specs. architecture: which member of the family, in the family's own words. needs_heads: whether a
-    task needs a classification head beside the weights.
+    task needs a classification head beside the weights. huggingface_model: transformers' class that exports are for.
     """
 
     name: ClassVar[str]
+    huggingface_model: ClassVar[str]
     needs_heads: ClassVar[bool] = False
 
     def __init__(self, architecture: str) -> None:
@@ -131,7 +154,7 @@ class Family(ABC):
     @abstractmethod
     def open_split(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
-    ) -> CachedSplit:
+    ) -> PreparedSplit:
         """A split's samples as this family takes them, prepared once and kept in the directory ``cache``.
 
         ``progress(done, total, text)`` counts samples. Raises :class:`DataError` for data that cannot be used.
@@ -139,13 +162,17 @@ class Family(ABC):
 
     @abstractmethod
     def task_data(
-        self, split: CachedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
+        self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
     ) -> TaskData:
         """A prepared split on ``device``, cut to ``max_samples``; ``head`` ``[C, D]`` where the family needs heads."""
 
     @abstractmethod
     def export_huggingface(self, state: Mapping[str, Tensor], model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights of ``state`` (native names) and the ``config.json`` of transformers' class ``model``."""
+
+    def companions(self) -> Path | None:
+        """The directory whose tokenizer goes with exported weights, or None."""
+        return None
 
     def skeleton(self, bank: ModelBank, device: torch.device | str) -> Skeleton:
         """A skeleton on ``device`` that holds the bank's base model until other weights are written."""

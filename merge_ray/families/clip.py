@@ -41,6 +41,8 @@ class ClipFamily(ImageFamily):
     Nothing is downloaded for an architecture. Raises :class:`SpecError` when it is unknown or does not fit.
     """
 
+    huggingface_model = "CLIPModel"
+
     def __init__(self, architecture: str) -> None:
         super().__init__(architecture)
         config = _read_config(architecture)

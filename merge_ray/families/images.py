@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from merge_ray.bank import Layout
 from merge_ray.errors import CheckpointError, SpecError
-from merge_ray.families.base import Family, Positions, Skeleton, TaskData, evaluation_order, find_family
-from merge_ray.tasks import CachedSplit, Task
+from merge_ray.families.base import (
+    Family,
+    Positions,
+    Skeleton,
+    TaskData,
+    evaluation_order,
+    find_family,
+    fit_weights,
+)
+from merge_ray.tasks import CachedSplit, PreparedSplit, Task
 
 
 @dataclass(frozen=True)
@@ -92,23 +100,8 @@ class ImageSkeleton(ImageEncoder, Skeleton):
 
 
 def load_tower(tower: nn.Module, state: Mapping[str, Tensor], prefix: str, device: torch.device | str) -> None:
-    """Give ``tower`` the tensors of ``state`` whose names are its own after ``prefix``.
-
-    Tensors that are on ``device`` in the tower's dtype are shared, not copied. Raises :class:`CheckpointError`
-    that lists the tensors that are missing or have another shape.
-    """
-    chosen, problems = {}, []
-    for name, tensor in tower.state_dict().items():
-        source = state.get(prefix + name)
-        if source is None:
-            problems.append(f"{prefix}{name} {tuple(tensor.shape)} is missing")
-        elif source.shape != tensor.shape:
-            problems.append(f"{prefix}{name} is {tuple(source.shape)}, the architecture has {tuple(tensor.shape)}")
-        else:
-            chosen[name] = source.to(device=device, dtype=tensor.dtype)
-    if problems:
-        raise CheckpointError("the weights do not fit the architecture:\n" + "\n".join(problems))
-    tower.load_state_dict(chosen, assign=True)
+    """Give ``tower`` the tensors of ``state`` whose names are its own after ``prefix``; see :func:`fit_weights`."""
+    tower.load_state_dict(fit_weights(tower.state_dict(), state, device, prefix), assign=True)
 
 
 class ImageData(TaskData):
@@ -169,10 +162,10 @@ class ImageFamily(Family):
         return task.cached(split, self.preprocessing.size, self.preprocessing.interpolation, cache, progress)
 
     def task_data(
-        self, split: CachedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
+        self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
     ) -> TaskData:
         """See :meth:`Family.task_data`."""
-        assert head is not None
+        assert head is not None and isinstance(split, CachedSplit)
         return ImageData(split, head, device, max_samples)
 
 

@@ -15,24 +15,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from merge_ray.checkpoints import fingerprint_file, read_metadata, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError, SpecError
-from merge_ray.families import Family, ImageEncoder, find_family, find_image_family
+from merge_ray.families import Family, ImageEncoder, ImageFamily, find_family
 from merge_ray.families.clip import IMAGE_TOWER, ClipFamily
+from merge_ray.families.flan_t5 import FlanT5Family
+from merge_ray.finetune.images import ImagePupil
 from merge_ray.finetune.pretraining import Captioned, PairStream, contrastive_loss
+from merge_ray.finetune.pupil import Pupil, as_saved
 from merge_ray.finetune.spec import FinetuneSpec, PretrainSpec
+from merge_ray.finetune.texts import LoraPupil, TextPupil, make_tokenizer, noisy_loss
 from merge_ray.finetune.trainer import ALONE, Trainer, Workers, batch_rows
-from merge_ray.tasks import CachedSplit, open_task
+from merge_ray.tasks import open_task, split_texts
 
 Progress = Callable[[int, int], None]
 BASE = "base.safetensors"
+ADAPTER = "adapter_model.safetensors"
 TRAINING = "training"
-EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def make_base(spec: FinetuneSpec, cache: Path, device: str = "cpu", progress: Pr
     They are pre-trained or read from ``spec.base``. ``progress(done, total)`` counts pre-training steps.
     Raises :class:`CheckpointError` when the output holds a base that was made otherwise.
     """
-    family = find_family(spec.family, spec.architecture)
+    family = open_family(spec)
     path = spec.output / BASE
     if spec.pretrain is None:
         identity = _identity(spec, base=fingerprint_file(str(spec.base)))
@@ -62,8 +64,10 @@ def make_base(spec: FinetuneSpec, cache: Path, device: str = "cpu", progress: Pr
             state = family.rename(read_weights(str(spec.base)))
             _write(path, state, spec, {"identity": identity, "source": str(spec.base)})
         return path
+    if isinstance(family, FlanT5Family):
+        return _make_text_base(spec, spec.pretrain, family, cache, device, progress)
     if not isinstance(family, ClipFamily):
-        raise SpecError(f"pretrain: the family {family.name!r} has no contrastive training")
+        raise SpecError(f"pretrain: the family {family.name!r} has no training from nothing")
     tasks = [Captioned(_split(spec, name, "train", family, cache), *_words(spec, name)) for name in _names(spec)]
     identity = _identity(
         spec,
@@ -101,6 +105,37 @@ def _pretrain(
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
+def _make_text_base(
+    spec: FinetuneSpec,
+    recipe: PretrainSpec,
+    family: FlanT5Family,
+    cache: Path,
+    device: str,
+    progress: Progress | None,
+) -> Path:
+    path = spec.output / BASE
+    tasks = [_split(spec, name, "train", family, cache) for name in _names(spec)]
+    identity = _identity(
+        spec,
+        recipe=recipe.model_dump(),
+        data=[task.fingerprint for task in tasks],
+        architecture=[family.config, family.tokenizer_key],
+    )
+    if _is_done(path, identity):
+        return path
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = family.build().to(device)
+    steps = recipe.count_steps(sum(map(len, tasks)))
+    trainer = Trainer(model, recipe, steps, _checkpoint(spec, "base"), identity, spec.checkpoint_every)
+    for step in trainer.run(noisy_loss(model, family.tokenizer, tasks, recipe, spec.seed)):
+        if progress is not None:
+            progress(step, steps)
+    _write(path, family.native_names(model), spec, {"identity": identity, "source": "pretrained"})
+    _checkpoint(spec, "base").unlink()
+    return path
+
+
 def finetune_task(
     spec: FinetuneSpec,
     name: str,
@@ -109,14 +144,15 @@ def finetune_task(
     workers: Workers = ALONE,
     progress: Progress | None = None,
 ) -> TaskResult:
-    """Fine-tune the image tower on the task ``name``, its zero-shot head frozen; writes ``<task>.safetensors``.
+    """Fine-tune the image tower (its zero-shot head frozen), or the text model, on the task ``name``.
 
-    The base must be there (:func:`make_base`). Only worker 0 writes. ``progress(done, total)`` counts steps.
+    Writes ``<task>.safetensors``, or peft's directory ``<task>/`` of a LoRA. The base must be there
+    (:func:`make_base`). Only worker 0 writes. ``progress(done, total)`` counts steps.
     """
-    family = find_image_family(spec.family, spec.architecture)
+    family = open_family(spec)
     train, validation = (_split(spec, name, split, family, cache) for split in ("train", "val"))
     classes, templates = _words(spec, name)
-    base_path, path = spec.output / BASE, spec.output / f"{name}.safetensors"
+    base_path, path = spec.output / BASE, _result_path(spec, name)
     recipe = spec.recipe(name)
     identity = _identity(
         spec,
@@ -124,47 +160,48 @@ def finetune_task(
         base=fingerprint_file(base_path),
         data=[train.fingerprint, validation.fingerprint],
         words=[classes, templates],
+        **({"lora": spec.lora.model_dump()} if spec.lora else {}),
     )
     if _is_done(path, identity):
         return read_result(spec, name)
     started = time.perf_counter()
-    base = read_weights(base_path)
-    head = family.head(base, classes, templates).to(device)
-    encoder = family.image_encoder(base, device)
-    before = accuracy(encoder, validation, head)
+    pupil = _make_pupil(spec, family, name, (train, validation), device)
+    before = pupil.score()
     steps = recipe.count_steps(len(train.labels))
     checkpoint = _checkpoint(spec, name)
-    trainer = Trainer(encoder, recipe, steps, checkpoint, identity, spec.checkpoint_every, workers)
+    trainer = Trainer(pupil.module, recipe, steps, checkpoint, identity, spec.checkpoint_every, workers)
 
     def loss(step: int) -> Tensor:
         rows = workers.share(batch_rows(len(train.labels), recipe.batch_size, step, spec.seed))
-        logits = encoder(torch.from_numpy(train.images[rows])) @ head.T
-        labels = torch.from_numpy(train.labels[rows]).to(logits.device)
-        total = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
-        return total / recipe.batch_size
+        return pupil.loss(rows, step) / recipe.batch_size
 
     for step in trainer.run(loss):
         if progress is not None:
             progress(step, steps)
-    after = accuracy(encoder, validation, head)
-    result = TaskResult(
-        name, path.name, steps, len(train.labels), before, after, round(time.perf_counter() - started, 2)
-    )
+    after = pupil.score()
+    file, seconds = str(path.relative_to(spec.output)), round(time.perf_counter() - started, 2)
+    result = TaskResult(name, file, steps, len(train.labels), before, after, seconds)
     if workers.rank == 0:
-        _write(path, encoder.native_state(), spec, {"identity": identity, "result": json.dumps(asdict(result))})
+        metadata = _metadata(spec, {"identity": identity, "result": json.dumps(asdict(result))})
+        pupil.write(path, getattr(torch, spec.dtype), metadata)
         checkpoint.unlink()
     return result
 
 
-@torch.inference_mode()
-def accuracy(encoder: ImageEncoder, split: CachedSplit, head: Tensor) -> float:
-    """The share of a split's images whose largest logit is that of their label."""
-    hits = 0
-    for start in range(0, len(split.labels), EVALUATION_BATCH):
-        rows = slice(start, start + EVALUATION_BATCH)
-        logits = encoder(torch.from_numpy(np.array(split.images[rows]))) @ head.T
-        hits += int((logits.argmax(dim=1).cpu() == torch.from_numpy(split.labels[rows])).sum())
-    return hits / len(split.labels)
+def _make_pupil(spec: FinetuneSpec, family: Family, name: str, splits: tuple[Any, Any], device: str) -> Pupil:
+    base, smoothing = read_weights(spec.output / BASE), spec.recipe(name).label_smoothing
+    if isinstance(family, ImageFamily):
+        return ImagePupil(family, base, open_task(spec.task(name)), *splits, smoothing, device)
+    assert isinstance(family, FlanT5Family)
+    if spec.lora is not None:
+        return LoraPupil(spec.lora, spec.output / BASE, family, base, *splits, smoothing, spec.seed, device)
+    return TextPupil(family, base, *splits, smoothing, spec.seed, device)
+
+
+def open_family(spec: FinetuneSpec) -> Family:
+    """The family that is trained; its architecture is in the output once a tokenizer was made there."""
+    made = (spec.output / "tokenizer.json").exists()
+    return find_family(spec.family, str(spec.output) if made else spec.architecture)
 
 
 def write_results(spec: FinetuneSpec, results: Sequence[TaskResult]) -> Path:
@@ -182,15 +219,18 @@ def write_results(spec: FinetuneSpec, results: Sequence[TaskResult]) -> Path:
 
 def read_result(spec: FinetuneSpec, name: str) -> TaskResult:
     """What :func:`finetune_task` reported for a task that is done; raises :class:`CheckpointError` if it is not."""
-    return TaskResult(**json.loads(read_metadata(spec.output / f"{name}.safetensors")["result"]))
+    return TaskResult(**json.loads(read_metadata(_result_path(spec, name))["result"]))
 
 
 def prepare_data(spec: FinetuneSpec, cache: Path, progress: Progress | None = None) -> None:
-    """Decode every task's training and validation images into the cache; ``progress(done, total)`` counts splits.
+    """Prepare every task's training and validation split in the cache; ``progress(done, total)`` counts splits.
+
+    A text model that is to be made from nothing gets its tokenizer before.
 
     Raises :class:`merge_ray.errors.DataError` for data that cannot be used.
     """
-    family = find_family(spec.family, spec.architecture)
+    _ensure_tokenizer(spec)
+    family = open_family(spec)
     splits = [(task.name, split) for task in spec.tasks for split in ("train", "val")]
     for done, (name, split) in enumerate(splits, start=1):
         _split(spec, name, split, family, cache)
@@ -198,11 +238,29 @@ def prepare_data(spec: FinetuneSpec, cache: Path, progress: Progress | None = No
             progress(done, len(splits))
 
 
+def _ensure_tokenizer(spec: FinetuneSpec) -> None:
+    family = open_family(spec)
+    if spec.pretrain is None or not isinstance(family, FlanT5Family) or family.has_tokenizer:
+        return
+    texts: list[str] = []
+    for task in map(open_task, spec.tasks):
+        asked, labels = split_texts(task, "train")
+        answers = [] if labels.dtype.kind == "f" else [task.classes[label] for label in labels]
+        texts += [*asked, *task.classes, *answers]
+    spec.output.mkdir(parents=True, exist_ok=True)
+    (spec.output / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
+    make_tokenizer(texts, family.config["vocab_size"], spec.output)
+
+
+def _result_path(spec: FinetuneSpec, name: str) -> Path:
+    return spec.output / (f"{name}.safetensors" if spec.lora is None else f"{name}/{ADAPTER}")
+
+
 def _names(spec: FinetuneSpec) -> list[str]:
     return [task.name for task in spec.tasks]
 
 
-def _split(spec: FinetuneSpec, name: str, split: str, family: Family, cache: Path) -> CachedSplit:
+def _split(spec: FinetuneSpec, name: str, split: str, family: Family, cache: Path) -> Any:
     return family.open_split(open_task(spec.task(name)), split, cache)
 
 
@@ -232,7 +290,8 @@ def _is_done(path: Path, identity: str) -> bool:
 
 
 def _write(path: Path, state: Mapping[str, Tensor], spec: FinetuneSpec, metadata: Mapping[str, str]) -> None:
-    dtype = getattr(torch, spec.dtype)
-    saved = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, saved, {"name": spec.name, "architecture": spec.architecture, **metadata})
+    write_safetensors(path, as_saved(state, getattr(torch, spec.dtype)), _metadata(spec, metadata))
+
+
+def _metadata(spec: FinetuneSpec, metadata: Mapping[str, str]) -> dict[str, str]:
+    return {"name": spec.name, "architecture": spec.architecture, **metadata}

@@ -43,33 +43,53 @@ class Recipe(BaseModel):
 
 
 class PretrainSpec(Recipe):
-    """Contrastive training of both towers on image-caption pairs, which makes a base where there is none.
+    """Training that makes a base where there is none.
 
-    Captions are the tasks' templates filled with the class names; images are the tasks' training images.
+    CLIP: contrastive training of both towers on image-caption pairs. Captions are the tasks' templates filled with the
+    class names; images are the tasks' training images.
+
+    Flan-T5: all tasks' training texts with the words of their labels, mixed. An architecture without a tokenizer gets
+    one of its ``vocab_size`` from these texts; it is saved in the output beside the config.
     """
 
     image_noise: float = Field(0.0, ge=0, le=1)
-    """The standard deviation of noise on the images, as a share of the pixels' range.
+    """CLIP: the standard deviation of noise on the images, as a share of the pixels' range.
 
     A base that knows only noisy images is mediocre on clean ones, as a large model is on tasks that are far
     from what it was trained on; part of what fine-tuning then adds is common to all tasks.
     """
+    token_noise: float = Field(0.0, ge=0, le=1)
+    """Flan-T5: the share of the inputs' tokens that are replaced by random ones, to the same end."""
+
+
+class LoraSpec(BaseModel):
+    """Train low-rank factors of some linear layers instead of all weights (arXiv:2106.09685)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    """The factors' product counts ``alpha / rank``."""
+    targets: list[str] = Field(["q", "v"], min_length=1)
+    """The last names of the layers."""
 
 
 class FinetuneSpec(Recipe):
-    """Fine-tune one model per task from a common base; the zero-shot heads stay frozen.
+    """Fine-tune one model per task from a common base; the zero-shot heads of image models stay frozen.
 
     The recipe's fields hold for every task; ``overrides`` replaces some of them for a task.
     """
 
     name: str
     output: Path
-    """The directory for ``base.safetensors``, ``<task>.safetensors`` and ``finetune.json``."""
+    """The directory for ``base.safetensors``, ``<task>.safetensors`` (with ``lora``: peft's ``<task>/``) and
+    ``finetune.json``."""
     family: str = "clip"
     architecture: str
     base: str | None = None
     """The location of the base's weights; either this or ``pretrain``."""
     pretrain: PretrainSpec | None = None
+    lora: LoraSpec | None = None
     tasks: list[TaskSpec] = Field(min_length=1)
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = Field(0, ge=0)
@@ -82,6 +102,8 @@ class FinetuneSpec(Recipe):
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> FinetuneSpec:
         find_family(self.family, self.architecture)
+        if self.lora is not None and self.family != "flan_t5":
+            raise ValueError(f"lora: only flan_t5 is trained so, not {self.family}")
         if (self.base is None) == (self.pretrain is None):
             raise ValueError("give either 'base', the location of its weights, or 'pretrain', to make one")
         names = [task.name for task in self.tasks]

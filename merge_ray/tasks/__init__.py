@@ -1,8 +1,22 @@
-"""Tasks: image classification data sets, their splits, their words, and the cache of their decoded images."""
+"""Tasks: data sets of images and texts, their splits, their words, and the cache of what is prepared of them."""
 
-from merge_ray.tasks.cache import CachedSplit, cache_directory, overlap
+from merge_ray.tasks.cache import CachedSplit, PreparedSplit, cache_directory, overlap
 from merge_ray.tasks.facts import TASK_LISTS
 from merge_ray.tasks.spec import SOURCES, TaskSpec
 from merge_ray.tasks.task import Task, open_task
+from merge_ray.tasks.text import TextSplit, prepare_text, split_texts
 
-__all__ = ["SOURCES", "TASK_LISTS", "CachedSplit", "Task", "TaskSpec", "cache_directory", "open_task", "overlap"]
+__all__ = [
+    "SOURCES",
+    "TASK_LISTS",
+    "CachedSplit",
+    "PreparedSplit",
+    "Task",
+    "TaskSpec",
+    "TextSplit",
+    "cache_directory",
+    "open_task",
+    "overlap",
+    "prepare_text",
+    "split_texts",
+]

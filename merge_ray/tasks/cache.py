@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from merge_ray.errors import DataError
 from merge_ray.tasks.decode import PIXEL_HASH_BYTES, Decoded, decode
-from merge_ray.tasks.source import Part, Payload
+from merge_ray.tasks.source import ImagePart, Payload
 
 Progress = Callable[[int, int, str], None]
 BATCH = 256
@@ -30,20 +30,33 @@ MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
-class CachedSplit:
-    """One split, decoded. Pickled as its directory and opened again by whoever unpickles it.
+class PreparedSplit:
+    """One split as a model takes it, in a directory of the cache.
 
-    ``images`` is a read-only memory map, uint8 [N, 3, S, S]; ``labels`` int64 [N]; ``hashes`` uint8 [N, 16]. The
-    ``fingerprint`` covers the source's bytes (pixels, where the source has no files), the labels and the split's
-    name; it is the same on every machine, and for every input size.
+    labels: [N]. hashes: uint8 [N, 16], one a sample, equal for equal samples. fingerprint: of all that the split
+    holds; the same on every machine. classes: the words of the labels, in their order.
     """
 
     directory: Path
-    images: np.memmap
     labels: np.ndarray
     hashes: np.ndarray
     fingerprint: str
     classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class CachedSplit(PreparedSplit):
+    """One split, decoded. Pickled as its directory and opened again by whoever unpickles it.
+
+    ``images`` is a read-only memory map, uint8 [N, 3, S, S]; ``labels`` int64 [N]. The ``fingerprint`` covers the
+    source's bytes (pixels, where the source has no files), the labels and the split's name; it is the same for every
+    input size.
+    """
+
+    images: np.memmap
 
     @classmethod
     def open(cls, directory: Path, classes: Sequence[str]) -> CachedSplit:
@@ -51,17 +64,14 @@ class CachedSplit:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         images = np.load(directory / "images.npy", mmap_mode="r")
         labels, hashes = np.load(directory / "labels.npy"), np.load(directory / "hashes.npy")
-        return cls(directory, images, labels, hashes, meta["fingerprint"], tuple(classes))
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        return cls(directory, labels, hashes, meta["fingerprint"], tuple(classes), images)
 
     def __reduce__(self) -> tuple[object, tuple[Path, tuple[str, ...]]]:
         return CachedSplit.open, (self.directory, self.classes)
 
 
-def overlap(first: CachedSplit, second: CachedSplit) -> int:
-    """How many images of ``second`` are, pixel for pixel, also in ``first`` (as decoded, before scaling)."""
+def overlap(first: PreparedSplit, second: PreparedSplit) -> int:
+    """How many samples of ``second`` are also in ``first``: images pixel for pixel as decoded, texts by character."""
     key = f"V{PIXEL_HASH_BYTES}"
     known = np.ascontiguousarray(first.hashes).view(key).ravel()
     return int(np.isin(np.ascontiguousarray(second.hashes).view(key).ravel(), known).sum())
@@ -73,7 +83,7 @@ class DecodeJob:
 
     task: str
     split: str
-    part: Part
+    part: ImagePart
     rows: np.ndarray
     size: int
     interpolation: str
@@ -92,30 +102,38 @@ def ensure_cached(directory: Path, find_job: Callable[[], DecodeJob], progress: 
     if directory.exists():
         return
     job = find_job()
+    needed = len(job.rows) * 3 * job.size**2
+    what = f"the image cache of task {job.task!r}, split {job.split!r},"
+    write_once(directory, what, needed, lambda aside: _write(aside, job, progress))
+
+
+def write_once(directory: Path, what: str, needed: int, write: Callable[[Path], None]) -> None:
+    """Make ``directory`` with what ``write(folder)`` puts into a folder aside; others that want the same wait for it.
+
+    what: its name in messages. needed: the bytes that it will take. Raises DataError where there is no room for it,
+    and where it cannot be written.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
             if not directory.exists():
-                _write_aside(directory, job, progress)
+                _write_aside(directory, what, needed, write)
     except OSError as error:
-        raise DataError(
-            f"cannot write the image cache of task {job.task!r}, split {job.split!r}, at {directory}: {error}"
-        ) from error
+        raise DataError(f"cannot write {what} at {directory}: {error}") from error
 
 
-def _write_aside(directory: Path, job: DecodeJob, progress: Progress | None) -> None:
+def _write_aside(directory: Path, what: str, needed: int, write: Callable[[Path], None]) -> None:
     """Under the lock, anything left at the name aside is from a process that was killed."""
-    needed, free = len(job.rows) * 3 * job.size**2, shutil.disk_usage(directory.parent).free
+    free = shutil.disk_usage(directory.parent).free
     if needed > free:
         raise DataError(
-            f"no room for the image cache of task {job.task!r}, split {job.split!r}, in {directory.parent}: "
-            f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+            f"no room for {what} in {directory.parent}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
         )
     aside = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        _write(aside, job, progress)
+        write(aside)
         aside.rename(directory)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

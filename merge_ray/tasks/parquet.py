@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from merge_ray.errors import DataError, choose_from
-from merge_ray.tasks.source import SPLIT_WORDS, UNDIVIDED, Part, Payload, Source, Split, stamp_files
+from merge_ray.tasks.source import SPLIT_WORDS, UNDIVIDED, ImagePart, Payload, Source, Split, stamp_files
 
 BATCH_ROWS = 256
 
 
-class ParquetPart(Part):
+class ParquetPart(ImagePart):
     """The rows of some Parquet files, one after the other.
 
     The image column holds encoded images: a struct with ``bytes`` (and perhaps ``path``), or plain binary. The label
@@ -39,7 +39,7 @@ class ParquetPart(Part):
     @cached_property
     def _starts(self) -> list[int]:
         """The first row of every file, and the number of rows in all."""
-        counts = [_open(path).metadata.num_rows for path in self.paths]
+        counts = [open_parquet(path).metadata.num_rows for path in self.paths]
         return [0, *np.cumsum(counts, dtype=int).tolist()]
 
     def load_labels(self) -> np.ndarray:
@@ -47,12 +47,12 @@ class ParquetPart(Part):
         return np.concatenate(columns)
 
     def _label_column(self, path: Path) -> np.ndarray:
-        file = _open(path)
+        file = open_parquet(path)
         _require(file, path, self.label_column, "label")
         kind = file.schema_arrow.field(self.label_column).type
         if not pa.types.is_integer(kind):
             raise DataError(f"{path}: the label column {self.label_column!r} must hold integers, not {kind}")
-        with _reading(path):
+        with reading_parquet(path):
             column = file.read(columns=[self.label_column]).column(0)
         if column.null_count:
             row = column.is_null().index(True).as_py()
@@ -68,7 +68,7 @@ class ParquetPart(Part):
 
     def _read_file(self, path: Path, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
         """Read the row groups that hold some of ``rows`` (of this file), a batch at a time."""
-        file = _open(path)
+        file = open_parquet(path)
         _require(file, path, self.image_column, "image")
         start = 0
         for group in range(file.num_row_groups):
@@ -82,7 +82,7 @@ class ParquetPart(Part):
         self, file: pq.ParquetFile, group: int, rows: np.ndarray, path: Path
     ) -> Iterator[Callable[[], Payload]]:
         start = 0
-        with _reading(path):
+        with reading_parquet(path):
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[self.image_column]):
                 inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(batch))] - start
                 encoded = _encoded_images(batch.column(0), path, self.image_column)
@@ -95,16 +95,16 @@ class ParquetPart(Part):
         return f"{self.paths[index]}, row {row - self._starts[index]} of the file"
 
 
-def parquet_source(location: str | Mapping[Split, str], image_column: str, label_column: str) -> Source:
-    """The parts that a location names, and the class names in the schema's ``huggingface`` metadata."""
-    paths = _find_parts(location)
+def parquet_source(paths: Mapping[str, list[Path]], image_column: str, label_column: str) -> Source:
+    """The parts in some files, and the class names in the schema's ``huggingface`` metadata."""
     first = next(iter(paths.values()))[0]
-    schema = _open(first).schema_arrow
+    schema = open_parquet(first).schema_arrow
     parts = {part: ParquetPart(files, image_column, label_column) for part, files in paths.items()}
-    return Source(parts, _class_names(schema, label_column))
+    return Source(parts, class_names(schema, label_column))
 
 
-def _find_parts(location: str | Mapping[Split, str]) -> dict[str, list[Path]]:
+def find_parts(location: str | Mapping[Split, str]) -> dict[str, list[Path]]:
+    """The Parquet files of every part that a location names; raises :class:`DataError` where there are none."""
     if not isinstance(location, str):
         return {split: _find_files(_fetch(place)) for split, place in location.items()}
     place = _fetch(location)
@@ -165,13 +165,15 @@ def _fetch(location: str) -> str:
     return str(open_location("/".join(fixed)).joinpath(*parts[len(fixed) :]))
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    with _reading(path):
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file, opened; raises :class:`DataError` where it is none."""
+    with reading_parquet(path):
         return pq.ParquetFile(path)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading_parquet(path: Path) -> Iterator[None]:
+    """What fails inside is a :class:`DataError` that names the file."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -202,7 +204,7 @@ def _present(image: pa.Scalar) -> bytes:
     return encoded
 
 
-def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
+def class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
     """The names of a ClassLabel feature, or None."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:

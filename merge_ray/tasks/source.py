@@ -1,4 +1,4 @@
-"""What a task's data look like before they are decoded: parts, with labels at once and images on request."""
+"""What a task's data look like before they are prepared: parts, with labels at once and samples on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from merge_ray.errors import DataError
-from merge_ray.tasks.builtin import BUILTIN_TASKS, SPLITS, recipe
+from merge_ray.tasks.builtin import BUILTIN_TASKS, SPLITS, TEXT_TASKS, recipe
 
 Split = Literal["train", "val", "test"]
 Payload = bytes | Image.Image | np.ndarray
@@ -34,17 +34,30 @@ class Part(ABC):
         """The labels of all rows, integers [N]."""
 
     @abstractmethod
-    def read(self, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
-        """For each of ``rows`` (ascending), a function that gives its image: encoded bytes, or pixels."""
-
-    @abstractmethod
     def where(self, row: int) -> str:
         """Where a row is, for messages."""
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """The labels of all rows, int64 [N]."""
-        return np.asarray(self.load_labels(), dtype=np.int64)
+        """The labels of all rows: int64 [N], or float64 where they are numbers to be told."""
+        labels = np.asarray(self.load_labels())
+        return labels.astype(np.float64 if labels.dtype.kind == "f" else np.int64)
+
+
+class ImagePart(Part):
+    """A division whose samples are images."""
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
+        """For each of ``rows`` (ascending), a function that gives its image: encoded bytes, or pixels."""
+
+
+class TextPart(Part):
+    """A division whose samples are texts."""
+
+    @abstractmethod
+    def texts(self, rows: np.ndarray, options: str) -> list[str]:
+        """What a model is asked about each of ``rows`` (ascending); ``options`` are the answers, as words."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ def stamp_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-class BuiltinPart(Part):
+class BuiltinPart(ImagePart):
     """One split of a task that is made on the spot."""
 
     def __init__(self, name: str, split: str) -> None:
@@ -89,15 +102,41 @@ class BuiltinPart(Part):
         return f"built-in task {self.name!r}"
 
 
+class BuiltinTextPart(TextPart):
+    """One split of a text task that is made on the spot."""
+
+    def __init__(self, name: str, split: str) -> None:
+        self.name = name
+        self.split = split
+
+    def stamp(self) -> str:
+        return recipe()
+
+    @cached_property
+    def _made(self) -> tuple[list[str], np.ndarray]:
+        return TEXT_TASKS[self.name].make(self.split)
+
+    def load_labels(self) -> np.ndarray:
+        return self._made[1]
+
+    def texts(self, rows: np.ndarray, options: str) -> list[str]:
+        return [self._made[0][row] for row in rows.tolist()]
+
+    def where(self, row: int) -> str:
+        return f"built-in task {self.name!r}"
+
+
 def builtin_source(name: str) -> Source:
     """The three splits of a built-in task."""
+    if name in TEXT_TASKS:
+        return Source({split: BuiltinTextPart(name, split) for split in SPLITS}, TEXT_TASKS[name].classes)
     return Source({split: BuiltinPart(name, split) for split in SPLITS}, BUILTIN_TASKS[name].classes)
 
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class FolderPart(Part):
+class FolderPart(ImagePart):
     """Images in one directory per class."""
 
     def __init__(self, directory: Path, class_names: tuple[str, ...]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from string import Formatter
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from merge_ray.errors import choose_from
-from merge_ray.tasks.builtin import BUILTIN_TASKS
-from merge_ray.tasks.facts import PAPER_TASKS
+from merge_ray.tasks.builtin import BUILTIN_TASKS, TEXT_TASKS
+from merge_ray.tasks.facts import GLUE_TASKS, PAPER_TASKS
 from merge_ray.tasks.source import Split
 from merge_ray.tasks.torchvision_sets import TORCHVISION_SETS
 
@@ -17,7 +18,7 @@ SOURCES = ("builtin", "parquet", "torchvision", "image_folder")
 
 
 class TaskSpec(BaseModel):
-    """One classification task: where its images are, how they are split, and the words for its zero-shot head.
+    """One task: where its images or texts are, how they are split, and the words for its answers.
 
     A bare string stands for a built-in task (``digits``) or for one of the papers' sets in torchvision (``MNIST``).
     """
@@ -39,6 +40,12 @@ class TaskSpec(BaseModel):
     label_column: str = "label"
     classes: list[str] | None = Field(default=None, min_length=2, description="words for the prompts, in label order")
     templates: list[str] | None = Field(default=None, min_length=1, description="prompts, with {} for the class")
+    prompt: str | None = Field(
+        default=None, description="what a text model is asked, with {column} for columns and {options} for the classes"
+    )
+    answer: Literal["score", "generate"] = Field(
+        default="score", description="take the likeliest of the classes, or what a text model writes"
+    )
     train_size: PositiveInt | None = Field(default=None, description="keep a fixed random subset of this size")
     val_size: PositiveInt | None = Field(default=None, description="cut so many from train, or keep so many")
     test_size: PositiveInt | None = Field(default=None, description="keep (or, of an undivided set, cut) so many")
@@ -49,13 +56,15 @@ class TaskSpec(BaseModel):
     def _expand(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if value in BUILTIN_TASKS:
+        if value in BUILTIN_TASKS or value in TEXT_TASKS:
             return {"name": value, "builtin": value}
         if value in TORCHVISION_SETS:
             return {"name": value, "torchvision": value}
+        if value in GLUE_TASKS:
+            raise ValueError(f"{value} is a text task: give its parquet")
         if value in PAPER_TASKS:
             raise ValueError(f"torchvision does not have {value}: give its parquet or image_folder")
-        raise ValueError(f"unknown task {value!r}: {choose_from(value, [*BUILTIN_TASKS, *PAPER_TASKS])}")
+        raise ValueError(f"unknown task {value!r}: {choose_from(value, [*BUILTIN_TASKS, *TEXT_TASKS, *PAPER_TASKS])}")
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskSpec:
@@ -68,7 +77,7 @@ class TaskSpec(BaseModel):
     @field_validator("builtin")
     @classmethod
     def _known_builtin(cls, value: str | None) -> str | None:
-        return _known(value, "built-in task", BUILTIN_TASKS)
+        return _known(value, "built-in task", {**BUILTIN_TASKS, **TEXT_TASKS})
 
     @field_validator("torchvision")
     @classmethod
@@ -88,6 +97,17 @@ class TaskSpec(BaseModel):
         twice = sorted({name for name in value or [] if (value or []).count(name) > 1})
         if twice:
             raise ValueError(f"class names must differ; given more than once: {', '.join(map(repr, twice))}")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _only_columns(cls, value: str | None) -> str | None:
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(value or "{a}") if name is not None]
+        except ValueError as error:
+            raise ValueError(f"a prompt has {{column}} for columns and no other brace: {error}") from None
+        if not names or not all(name.isidentifier() for name in names):
+            raise ValueError(f"a prompt names columns in braces, such as {{text}}; found {value!r}")
         return value
 
     @field_validator("templates")

@@ -1,4 +1,4 @@
-"""A task: a data set with its splits, class names and prompt templates."""
+"""A task: a data set of images or texts with its splits, class names and prompt templates."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from merge_ray.tasks.builtin import BUILTIN_TASKS
 from merge_ray.tasks.cache import CachedSplit, DecodeJob, Progress, ensure_cached
 from merge_ray.tasks.decode import INTERPOLATIONS
 from merge_ray.tasks.facts import DEFAULT_TEMPLATES, Facts, find_facts, words_for
-from merge_ray.tasks.parquet import parquet_source
-from merge_ray.tasks.source import Source, builtin_source, folder_source
+from merge_ray.tasks.parquet import find_parts, parquet_source
+from merge_ray.tasks.source import ImagePart, Source, TextPart, builtin_source, folder_source
 from merge_ray.tasks.spec import TaskSpec
 from merge_ray.tasks.splits import available_splits, part_of, select_rows
+from merge_ray.tasks.text_sources import text_source
 from merge_ray.tasks.torchvision_sets import torchvision_source
 
 
 class Task:
-    """An opened task. Nothing is decoded before :meth:`cached` is called."""
-
-    metric = "accuracy"
+    """An opened task. Nothing is decoded before :meth:`cached` is called, and no text tokenized."""
 
     def __init__(self, spec: TaskSpec, source: Source, classes: Sequence[str], templates: Sequence[str]) -> None:
         self.spec = spec
@@ -55,13 +54,15 @@ class Task:
             DataError: There is no such split, or it is empty; a label is out of range; an image cannot be read; the
                 cache cannot be written.
         """
-        part_name = self._part_of(split)
+        part_name = self.part_of(split)
         if interpolation not in INTERPOLATIONS:
             raise DataError(f"unknown interpolation {interpolation!r}: {choose_from(interpolation, INTERPOLATIONS)}")
         part = self.source.parts[part_name]
+        if not isinstance(part, ImagePart):
+            raise DataError(f"task {self.name!r} holds texts; this family of models takes images")
         # Everything that decides which images are in the cache and how they look; cheap to find out.
         decisive = {
-            "spec": self.spec.model_dump(exclude={"classes", "templates", "download"}),
+            "spec": self.spec.model_dump(exclude={"classes", "templates", "download", "prompt", "answer"}),
             "classes": len(self.classes),
             "parts": sorted(self.source.parts),
             "stamp": part.stamp(),
@@ -74,12 +75,13 @@ class Task:
         directory = Path(cache_dir).expanduser() / f"{label}-{split}-{size}-{interpolation}-{key}"
 
         def find_job() -> DecodeJob:
-            return DecodeJob(self.name, split, part, self._rows(split, part_name), size, interpolation)
+            return DecodeJob(self.name, split, part, self.rows(split, part_name), size, interpolation)
 
         ensure_cached(directory, find_job, progress)
         return CachedSplit.open(directory, self.classes)
 
-    def _part_of(self, split: str) -> str:
+    def part_of(self, split: str) -> str:
+        """The part of the source that a split is taken from; raises DataError where there is none."""
         try:
             return part_of(split, self.source.parts)
         except KeyError:
@@ -88,11 +90,14 @@ class Task:
                 f"task {self.name!r} has no {split} split{lack}: {choose_from(split, self.splits)}"
             ) from None
 
-    def _rows(self, split: str, part_name: str) -> np.ndarray:
+    def rows(self, split: str, part_name: str) -> np.ndarray:
+        """The rows of ``split`` within its part, ascending; raises DataError for none, and for labels out of range."""
         part = self.source.parts[part_name]
         labels = part.labels
         if not len(labels):
             raise DataError(f"task {self.name!r}: the split {split!r} is empty")
+        if labels.dtype.kind == "f":
+            return select_rows(self.spec, split, self.source.parts, len(labels))
         wrong = np.flatnonzero((labels < 0) | (labels >= len(self.classes)))
         if len(wrong):
             row = int(wrong[0])
@@ -122,7 +127,8 @@ def _find_source(spec: TaskSpec) -> Source:
     if spec.torchvision is not None:
         return torchvision_source(spec.torchvision, spec.root, spec.download)
     if spec.parquet is not None:
-        return parquet_source(spec.parquet, spec.image_column, spec.label_column)
+        paths = find_parts(spec.parquet)
+        return text_source(spec, paths) or parquet_source(paths, spec.image_column, spec.label_column)
     assert spec.image_folder is not None  # TaskSpec has exactly one source
     return folder_source(spec.image_folder)
 
@@ -136,7 +142,7 @@ def _choose_classes(spec: TaskSpec, source: Source, facts: Facts | None) -> list
                 f"{', '.join(own[:10])}{', ...' if len(own) > 10 else ''}"
             )
         return spec.classes
-    if spec.builtin is not None and own is not None:
+    if own is not None and (spec.builtin is not None or isinstance(next(iter(source.parts.values())), TextPart)):
         return list(own)
     if own is not None:
         return words_for(own, facts)
@@ -149,5 +155,5 @@ def _choose_templates(spec: TaskSpec, facts: Facts | None) -> Sequence[str]:
     if spec.templates is not None:
         return spec.templates
     if spec.builtin is not None:
-        return BUILTIN_TASKS[spec.builtin].templates
+        return BUILTIN_TASKS[spec.builtin].templates if spec.builtin in BUILTIN_TASKS else ()
     return facts.templates if facts is not None else DEFAULT_TEMPLATES

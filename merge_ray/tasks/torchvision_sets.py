@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from merge_ray.errors import DataError
-from merge_ray.tasks.source import UNDIVIDED, Part, Payload, Source, stamp_files
+from merge_ray.tasks.source import UNDIVIDED, ImagePart, Payload, Source, stamp_files
 
 _BY_FLAG: Mapping[str, Mapping[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 _TWO: Mapping[str, Mapping[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -54,7 +54,7 @@ TORCHVISION_SETS: dict[str, TorchvisionSet] = {
 }
 
 
-class TorchvisionPart(Part):
+class TorchvisionPart(ImagePart):
     """One part of a torchvision data set; it is opened only when its labels or images are asked for."""
 
     def __init__(self, name: str, part: str, root: Path, download: bool) -> None:

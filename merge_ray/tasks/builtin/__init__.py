@@ -1,7 +1,7 @@
-"""The tasks that need no download: 32 x 32 pictures made from what the dependencies ship.
+"""The tasks that need no download: 32 x 32 pictures made from what the dependencies ship, and sentences made by rule.
 
-They are the quickstart's tasks. Every split is made from a fixed seed; train, val and test share no font file,
-no region of a photograph, no letter pair or no draw, as each task says.
+They are the quickstarts' tasks. Every split is made from a fixed seed; train, val and test share no font file,
+no region of a photograph, no letter pair, no sentence or no draw, as each task says.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ import numpy as np
 from merge_ray.tasks.builtin.drawing import SPLITS
 from merge_ray.tasks.builtin.glyphs import GREEK_LETTERS, TYPEFACES, make_greek, make_letters, make_typefaces
 from merge_ray.tasks.builtin.pictures import PHOTOGRAPHS, make_digits, make_textures
+from merge_ray.tasks.builtin.sentences import (
+    LANGUAGES,
+    make_agreement,
+    make_comparison,
+    make_languages,
+    make_sentiment,
+)
 from merge_ray.tasks.builtin.shapes import SHAPES, make_shapes
 
-__all__ = ["BUILTIN_TASKS", "SPLITS", "BuiltinTask", "recipe"]
+__all__ = ["BUILTIN_TASKS", "SPLITS", "TEXT_TASKS", "BuiltinTask", "BuiltinTextTask", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,27 @@ BUILTIN_TASKS: dict[str, BuiltinTask] = {
 }
 
 
+@dataclass(frozen=True)
+class BuiltinTextTask:
+    """A text task made on the spot.
+
+    ``make(split)`` returns what is asked [N] and labels int64 [N], the same at every call.
+    """
+
+    classes: tuple[str, ...]
+    make: Callable[[str], tuple[list[str], np.ndarray]]
+
+
+TEXT_TASKS: dict[str, BuiltinTextTask] = {
+    "sentiment": BuiltinTextTask(("negative", "positive"), make_sentiment),
+    "agreement": BuiltinTextTask(("wrong", "right"), make_agreement),
+    "comparison": BuiltinTextTask(("false", "true"), make_comparison),
+    "languages": BuiltinTextTask(tuple(LANGUAGES), make_languages),
+}
+
+
 def recipe() -> str:
-    """A hash of all that decides the pixels: this package's code and the versions of the libraries that draw."""
+    """A hash of all that decides what is made: this package's code and the versions of the libraries that draw."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
