@@ -10,7 +10,7 @@ import yaml
 from merge_ray.errors import SpecError
 from merge_ray.space import Choice, Float, Int, PerTask
 from merge_ray.spec import SweepSpec
-from merge_ray.spec_files import load_sweeps
+from merge_ray.spec_files import load_sweeps, read_yaml
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 MODELS = {"architecture": "ViT-B-32", "base": "base.pt", "finetuned": "{task}.pt"}
@@ -155,6 +155,14 @@ def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
         ("data/one/{split}.parquet", 5),
         ("data/two/{split}.parquet", 7),
     ]
+
+
+def test_a_file_may_hold_several_sweeps(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump_all([{**VALID, "name": name} for name in ("first", "second")]))
+    assert [spec.name for spec in load_sweeps(path)] == ["first", "second"]
+    with pytest.raises(SpecError, match=r"two.yaml: holds 2 documents, where one is wanted"):
+        read_yaml(path)
 
 
 def test_broken_yaml_and_missing_files(tmp_path: Path) -> None:
