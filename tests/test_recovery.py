@@ -60,57 +60,51 @@ def command(spec: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-def test_killed_drivers_lose_nothing_and_repeat_nothing(world: Path, undisturbed: Path) -> None:
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(world: Path, undisturbed: Path) -> None:
     spec = tiny.write_spec(world, name="killed", studies=STUDIES, hosts={"count": 2})
-    directory = world / "results" / "killed"
-    acknowledged: dict[str, int] = {}
-    for rows_before_the_kill in (2, random.randint(6, 20)):
-        process = command(spec)
-        deadline = time.monotonic() + 120
-        while len(ledger_files(directory)) < rows_before_the_kill and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(random.random() / 2)
-        children = [item for item in psutil.Process(process.pid).children(recursive=True) if "Host" in item.name()]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        files = ledger_files(directory)
-        assert files.items() >= acknowledged.items()
-        acknowledged = files
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive, "a killed driver leaves hosts behind"
+    directory, rows_before_the_kill = world / "results" / "killed", random.randint(1, 25)
+    process = command(spec)
+    deadline = time.monotonic() + 120
+    while len(ledger_files(directory)) < rows_before_the_kill and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = [item for item in psutil.Process(process.pid).children(recursive=True) if "Host" in item.name()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    acknowledged = ledger_files(directory)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, "a killed driver leaves hosts behind"
     process = command(spec)
     assert process.wait(timeout=240) == 0, spec.with_name("output").read_text()
     assert ledger_files(directory).items() >= acknowledged.items()
     same_leaderboard(directory, undisturbed)
 
 
-def kill_after_first_rows(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
-    """Kill a process of the actor class at a random moment of the search."""
+def kill_one_of_each(directory: Path, done: threading.Event, killed: list[str]) -> None:
+    """Kill a host, a trial and the ledger's writer, each at a random moment of the search."""
     while len(ledger_files(directory)) < 5 and not done.wait(0.05):
         pass
-    time.sleep(random.uniform(0.0, 0.5))
-    while not done.is_set():
-        for process in psutil.process_iter(["cmdline"]):
-            if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
-                return
+    for actor in ("ModelHost", "Trainable", "ResultsActor"):
+        time.sleep(random.uniform(0.0, 0.5))
+        while actor not in killed and not done.is_set():
+            for process in psutil.process_iter(["cmdline"]):
+                if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(actor)
+                    break
 
 
-@pytest.mark.parametrize("actor", ["ModelHost", "ResultsActor", "Trainable"])
-def test_a_killed_actor_is_replaced_and_its_trial_runs_again(world: Path, undisturbed: Path, actor: str) -> None:
-    directory = world / "results" / f"killed_{actor}"
-    [spec] = load_sweeps(tiny.write_spec(world, name=directory.name, studies=STUDIES))
+def test_killed_actors_are_replaced_and_their_trials_run_again(world: Path, undisturbed: Path) -> None:
+    [spec] = load_sweeps(tiny.write_spec(world, name="killed_actors", studies=STUDIES))
     done = threading.Event()
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_after_first_rows, args=(directory, actor, done, killed))
+    killed: list[str] = []
+    killer = threading.Thread(target=kill_one_of_each, args=(spec.directory, done, killed))
     killer.start()
     try:
         run_sweep(spec, Progress())
     finally:
         done.set()
         killer.join()
-    assert killed
-    assert set(read_rows(directory)["status"]) <= {"complete", "pruned"}
-    same_leaderboard(directory, undisturbed)
+    assert killed == ["ModelHost", "Trainable", "ResultsActor"]
+    assert set(read_rows(spec.directory)["status"]) <= {"complete", "pruned"}
+    same_leaderboard(spec.directory, undisturbed)
