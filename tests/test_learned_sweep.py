@@ -113,6 +113,7 @@ def command(spec: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(world: Path, finished: Path) -> None:
     spec = tiny.write_spec(world, name="killed", studies=STUDIES)
     directory = world / "results" / "killed"
@@ -136,6 +137,7 @@ def test_a_sweep_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(world
     pd.testing.assert_frame_equal(one, other)
 
 
+@pytest.mark.slow
 def test_transductive_sweeps_learn_on_the_test_inputs_and_say_so(world: Path, finished: Path) -> None:
     studies = {"tasks": STUDIES["tasks"]}
     evaluation = {"batch_size": 16, "shards": 2, "transductive": True}

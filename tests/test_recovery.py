@@ -80,31 +80,34 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(world: Path, undistur
     same_leaderboard(directory, undisturbed)
 
 
-def kill_one_of_each(directory: Path, done: threading.Event, killed: list[str]) -> None:
-    """Kill a host, a trial and the ledger's writer, each at a random moment of the search."""
+def kill_after_first_rows(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
+    """Kill a process of the actor class at a random moment of the search."""
     while len(ledger_files(directory)) < 5 and not done.wait(0.05):
         pass
-    for actor in ("ModelHost", "Trainable", "ResultsActor"):
-        time.sleep(random.uniform(0.0, 0.5))
-        while actor not in killed and not done.is_set():
-            for process in psutil.process_iter(["cmdline"]):
-                if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(actor)
-                    break
+    time.sleep(random.uniform(0.0, 0.5))
+    while not done.is_set():
+        for process in psutil.process_iter(["cmdline"]):
+            if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                return
 
 
-def test_killed_actors_are_replaced_and_their_trials_run_again(world: Path, undisturbed: Path) -> None:
-    [spec] = load_sweeps(tiny.write_spec(world, name="killed_actors", studies=STUDIES))
+SLOW_ACTORS = [pytest.param(actor, marks=pytest.mark.slow) for actor in ("ResultsActor", "Trainable")]
+
+
+@pytest.mark.parametrize("actor", ["ModelHost", *SLOW_ACTORS])
+def test_a_killed_actor_is_replaced_and_its_trial_runs_again(world: Path, undisturbed: Path, actor: str) -> None:
+    [spec] = load_sweeps(tiny.write_spec(world, name=f"killed_{actor}", studies=STUDIES))
     done = threading.Event()
-    killed: list[str] = []
-    killer = threading.Thread(target=kill_one_of_each, args=(spec.directory, done, killed))
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_after_first_rows, args=(spec.directory, actor, done, killed))
     killer.start()
     try:
         run_sweep(spec, Progress())
     finally:
         done.set()
         killer.join()
-    assert killed == ["ModelHost", "Trainable", "ResultsActor"]
+    assert killed
     assert set(read_rows(spec.directory)["status"]) <= {"complete", "pruned"}
     same_leaderboard(spec.directory, undisturbed)
