@@ -58,10 +58,6 @@ class Skeleton(nn.Module):
             for parameter in merged:
                 parameter.requires_grad_(False).grad = None
 
-    def native_state(self) -> dict[str, Tensor]:
-        """The model's tensors under the family's native names."""
-        raise NotImplementedError
-
 
 def fit_weights(
     wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], device: torch.device | str, prefix: str = ""

@@ -217,5 +217,5 @@ class T5Skeleton(Skeleton):
         return logits
 
     def native_state(self) -> dict[str, Tensor]:
-        """See :meth:`Skeleton.native_state`."""
+        """The model's tensors under the family's native names."""
         return self.native_names(self.model)
