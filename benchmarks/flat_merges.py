@@ -166,8 +166,8 @@ def main(
     first = time.perf_counter() - started
     before = resident_bytes()
     bank = make_bank(tasks, int(parameters))
+    Bench(bank, 0).floor()
     bench = Bench(bank, resident_bytes())
-    bench.floor()
     table = Table(title=f"{tasks} x {int(parameters):,} float32, {threads} threads")
     for column in ("merge", "x floor", "limit", "memory beyond the bank (x one model)"):
         table.add_column(column, justify="left" if column == "merge" else "right")

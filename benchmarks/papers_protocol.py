@@ -91,12 +91,14 @@ def prepare(
         base = torch.load(folder / "base.pt")
         for done, task_spec in enumerate(spec.tasks):
             task = open_task(task_spec)
+            heads[task.name] = family.head(base, task.classes, task.templates)
             for split in ("val", "test"):
                 shape = family.preprocessing
                 cached = task.cached(split, shape.size, shape.interpolation, folder / "raw")
                 images, labels = cached.images[:most_images], cached.labels[:most_images]
+                if architecture:
+                    labels = predictions(family, torch.load(folder / f"{task.name}.pt"), images, heads[task.name])
                 write_images(folder / task.name / f"{split}.parquet", images, labels)
-            heads[task.name] = family.head(base, task.classes, task.templates)
             words = {"classes": task.classes, "templates": task.templates}
             tasks.append({"name": task.name, "parquet": f"{folder}/{task.name}/{{split}}.parquet", **words})
             update(done + 1, len(spec.tasks))
@@ -121,6 +123,13 @@ def prepare(
     }
     coefficients = [float(value) for value in np.linspace(0.0, 1.0, points)]
     return Problem(folder, family, spec.task_names, heads, coefficients), sweep
+
+
+@torch.inference_mode()
+def predictions(family: ImageFamily, state: State, images: np.ndarray, head: Tensor) -> np.ndarray:
+    """A model's own answers ``[N]``: the labels under which a random model is a fine-tuned one."""
+    encoder = family.image_encoder(state, "cpu").eval()
+    return (encoder(torch.from_numpy(np.array(images))) @ head.T).argmax(dim=1).numpy()
 
 
 def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

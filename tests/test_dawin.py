@@ -20,7 +20,7 @@ from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError
 from merge_ray.evaluate import Evaluator, TaskModel, UnlabeledSamples
 from merge_ray.families import find_family
-from merge_ray.methods import mixtures, per_sample
+from merge_ray.methods import mixtures, per_sample, shared_forward
 from merge_ray.methods.base import MergeCache, Merged, MergeInputs, Predictor, make_method
 from merge_ray.methods.base import TaskModel as AnyTaskModel
 from merge_ray.methods.dawin import softmax_coefficients
@@ -305,8 +305,13 @@ def clip_models(bank: ModelBank, folder: Path, kind: type[GoldenData] = GoldenDa
     return models
 
 
+@pytest.mark.parametrize("few", [0, 1, 10**9])
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_both_ways_agree(bank: ModelBank, folder: Path, layerwise: bool) -> None:
+def test_both_ways_agree(
+    bank: ModelBank, folder: Path, layerwise: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_forward, "FEW", few)
+    monkeypatch.setattr(shared_forward, "WEIGHTS_AT_ONCE", 0.5)
     model = clip_models(bank, folder, LogitsData)["bees"]
     shape = (10, 3, len(bank.layout.entries)) if layerwise else (10, 3)
     coefficients = torch.rand(shape, generator=torch.Generator().manual_seed(1))

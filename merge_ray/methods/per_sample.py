@@ -129,8 +129,7 @@ class Costs:
     of bytes for the merge.
 
     merge: seconds to write one merge: ``(T + 2) P`` floats at the memory's bandwidth. plain: a forward pass with the
-    weights in the flat buffer. shared: the shared one, ``T + 1`` times the plain one's floating-point operations;
-    None where there is none.
+    weights in the flat buffer. shared: the shared one, layer by layer; None where there is none.
     """
 
     merge: float

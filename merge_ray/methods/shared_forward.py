@@ -1,8 +1,10 @@
 """One forward pass for samples that each have weights of their own.
 
-The weights of sample ``i`` are ``theta_0 + sum_t c_it tau_t``. A layer that is linear in its weights is applied to the
-whole batch with the base's and with every task vector's, and its outputs are summed per sample; all other weights
-(biases, norms, positions) are small and merged per sample. Beyond the bank it needs activations only.
+The weights of sample ``i`` are ``theta_0 + sum_t c_it tau_t``. Layer by layer, one of two things is combined for all
+samples at once. Where a weight meets few positions of a sample, its outputs: the whole batch goes through the base's
+weight and every task vector's, and the results are summed per sample. Where it meets many, the weights: one matrix
+product of the coefficients with the task vectors' rows reads the bank once for all samples, and every sample goes
+through its own. Beyond the bank it needs activations, and one layer's weights for each sample of a part of the batch.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ LINEAR: Mapping[Callable[..., Any], tuple[str, ...]] = {
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 QUESTIONS = (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim)  # type: ignore[attr-defined]
 """What asks a weight for its kind, not its values."""
+FEW = 8
+"""Positions of a sample up to which outputs are combined: ``T + 1`` products each cost less than moving a weight."""
+WEIGHTS_AT_ONCE = 1.0
+"""How many models' worth of weights may be merged at once, one layer's for each sample of a part of the batch."""
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -45,7 +51,9 @@ def shared_logits(bank: ModelBank, model: TaskModel, inputs: Any, coefficients: 
         with PerSampleWeights(bank, places, of_sample):
             return model.logits(tree_map(lambda tensor: tensor[None], sample))[0]
 
-    return torch.vmap(answer)(inputs, coefficients.to(bank.base.device))
+    largest = max(entry.size for _, entry in places.values())
+    at_once = max(1, int(WEIGHTS_AT_ONCE * bank.layout.size / largest))
+    return torch.vmap(answer, chunk_size=at_once)(inputs, coefficients.to(bank.base.device))
 
 
 def weights_in_layout(bank: ModelBank, skeleton: nn.Module) -> dict[int, tuple[int, Entry]]:
@@ -84,7 +92,7 @@ class PerSampleWeights(TorchFunctionMode):
             if self._is_weight(named["weight"]):
                 return self._linear(func, **named)
         if func in PRODUCTS and self._is_weight(args[1]) and not self._is_weight(args[0]):
-            return self._combine(args[1], lambda weight: func(args[0], weight))
+            return self._combine(args[1], lambda weight: func(args[0], weight), args[0].numel() // args[1].shape[0])
         args, kwargs = tree_map(self._merged, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -104,10 +112,13 @@ class PerSampleWeights(TorchFunctionMode):
         if not self._is_weight(value):
             return value
         base, rows, coefficients = self._parts(value)
-        return base + torch.tensordot(coefficients, rows, dims=1)
+        return torch.tensordot(coefficients, rows, dims=1).add_(base)
 
-    def _combine(self, weight: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        """``apply`` of the merged weight, where ``apply`` is linear."""
+    def _combine(self, weight: Tensor, apply: Callable[[Tensor], Tensor], positions: int) -> Tensor:
+        """``apply`` of the merged weight, where ``apply`` is linear and uses the weight at so many positions."""
+        if positions > FEW:
+            merged: Tensor = apply(self._merged(weight))
+            return merged
         base, rows, coefficients = self._parts(weight)
         result = apply(base)
         for row, coefficient in zip(rows, coefficients, strict=True):
@@ -115,7 +126,9 @@ class PerSampleWeights(TorchFunctionMode):
         return result
 
     def _linear(self, func: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None, **rest: Any) -> Tensor:
-        result = self._combine(weight, lambda part: func(weight=part, **rest))
+        # A lookup costs the same for any weight.
+        positions = 1 if func is F.embedding else rest["input"].numel() // math.prod(weight.shape[1:])
+        result = self._combine(weight, lambda part: func(weight=part, **rest), positions)
         if bias is None:
             return result
         # A convolution's channels come before its space.
