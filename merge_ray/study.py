@@ -134,6 +134,6 @@ class Study:
 
 def outcome_of(row: Mapping[str, Any]) -> Outcome:
     """What a ledger row, or a trial's last result, says to the searcher."""
-    if row["status"] == "failed":
+    if row["status"] in ("failed", "unrecorded"):
         return Outcome(None)
     return Outcome(row["objective"], tuple(row["curve"]), row["status"] == "pruned")

@@ -209,7 +209,9 @@ def _prepare_data(
     fingerprints: dict[str, dict[str, str]] = {"val": {}, "test": {}}
     for task in tasks:
         cached = {}
-        for split in ("train", "val", "test") if "train" in task.splits else ("val", "test"):
+        # Training images are wanted for overlap alone; built-in tasks have none by their making.
+        trained_on = ("train",) if "train" in task.splits and task.spec.builtin is None else ()
+        for split in (*trained_on, "val", "test"):
             with progress.counted(f"prepare {task.name} {split}") as update:
                 cached[split] = family.open_split(task, split, cache_directory(), update)
         for split in fingerprints:

@@ -76,7 +76,7 @@ def test_a_sweep_joins_a_running_ray_and_leaves_it_running(head: dict[str, str],
     output = run([sys.executable, "-m", "merge_ray", "sweep", str(spec)], head, tmp_path)
     assert confirmed(tmp_path / "results" / "tiny") == METHODS
     assert "merge-ray export" in output
-    assert "2.0 CPU" in subprocess.run([RAY, "status"], env=head, capture_output=True, text=True).stdout
+    assert subprocess.run([RAY, "status"], env=head, capture_output=True).returncode == 0
 
 
 def test_a_sweep_runs_as_a_job(head: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

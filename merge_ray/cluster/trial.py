@@ -16,6 +16,7 @@ from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.learning import REPORTS, learn_until
 from merge_ray.cluster.ledger import forget_learned, load_learned, record
+from merge_ray.errors import LedgerError
 
 
 class MergeTrainable(tune.Trainable):
@@ -27,7 +28,8 @@ class MergeTrainable(tune.Trainable):
 
     config: ``study`` and the ``parameters`` of the method; ``steps`` to learn, 0 for most; ``host``, the index of the
     leased host; ``cutoffs``, the objective that must be reached after a number of reports to go on. A candidate that
-    fails is a row, not an error of the trial; Tune sees an error only when this process or the ledger fails.
+    fails is a row, and a row that cannot be written is a result with the status ``unrecorded``; Tune sees an error
+    only when this process ends.
     """
 
     def setup(
@@ -67,6 +69,8 @@ class MergeTrainable(tune.Trainable):
             report = self._learn() if len(self.curve) < self.learning_reports else self._score_shard()
         except RayError as error:
             return self._finish("failed", {"error": cause(error)})
+        except LedgerError as error:
+            return _unrecorded(error)
         done = len(self.curve)
         if done == self.learning_reports + self.shards:
             return self._finish("complete", report)
@@ -96,10 +100,13 @@ class MergeTrainable(tune.Trainable):
     def _finish(self, status: str, report: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
         row = ledger_row(self.candidate, status, **report, curve=self.curve, seconds_total=seconds)
-        record(self.ledger, row)
-        if self.steps and status != "complete":
-            # A complete candidate may be confirmed: what it learned is kept until the sweep ends.
-            forget_learned(self.ledger, self.candidate)
+        try:
+            record(self.ledger, row)
+            if self.steps and status != "complete":
+                # A complete candidate may be confirmed: what it learned is kept until the sweep ends.
+                forget_learned(self.ledger, self.candidate)
+        except LedgerError as error:
+            return _unrecorded(error)
         # Tune insists on an objective, also of a failure.
         return {
             "objective": math.nan,
@@ -109,6 +116,11 @@ class MergeTrainable(tune.Trainable):
             "seconds_total": seconds,
             "done": True,
         }
+
+
+def _unrecorded(error: LedgerError) -> dict[str, Any]:
+    """The result of a trial whose row cannot be written; another try would fail alike."""
+    return {"objective": math.nan, "status": "unrecorded", "error": str(error), "done": True}
 
 
 def _shown(report: dict[str, Any]) -> dict[str, Any]:

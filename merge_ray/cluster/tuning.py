@@ -90,6 +90,8 @@ class _TrialCallback(Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if trial.last_result.get("status") == "unrecorded":
+            self._stop(LedgerError(trial.last_result["error"]))
         self.progress()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -100,10 +102,14 @@ class _TrialCallback(Callback):
         try:
             record(self.ledger, row)
         except LedgerError as error:
-            self.failure = error
-            for study in self.studies:
-                study.exhausted = True
+            self._stop(error)
         self.progress()
+
+    def _stop(self, failure: LedgerError) -> None:
+        """Start no more trials: their rows could not be written."""
+        self.failure = failure
+        for study in self.studies:
+            study.exhausted = True
 
 
 def run_studies(
@@ -147,7 +153,8 @@ def run_studies(
             storage_path=str(directory.resolve()),
             callbacks=[callback, TBXLoggerCallback()],
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=2),
+            # One for each time that the trial's process is killed; a candidate that kills it must end, too.
+            failure_config=tune.FailureConfig(max_failures=4),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
