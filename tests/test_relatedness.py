@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import yaml
 from PIL import Image
 from test_goldens import GOLDEN, Case, load
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from merge_ray.checkpoints import read_weights, stream_safetensors, write_safetensors
+from merge_ray.cli import app
 from merge_ray.errors import CheckpointError, MergeRayError, SpecError
 from merge_ray.progress import Progress
-from merge_ray.relatedness import FieldJob, RelatednessSpec, relate
+from merge_ray.relatedness import FieldJob, RelatednessSpec, compute_here, relate
 from merge_ray.relatedness.correlation import correlate, find_reference
 from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import FieldSpec, attributions, gradient_field, pair_samples, quadrature
@@ -332,6 +335,37 @@ def test_pictures_put_similar_models_side_by_side() -> None:
     ticks = [label.get_text() for label in draw_heat_map(distances, "distance").axes[0].get_xticklabels()]
     assert abs(ticks.index("b") - ticks.index("d")) == 1 and ticks.index("b") in (0, 1, 3, 4)
     assert draw_tree(distances, "distance").axes[0].get_xlabel() == "mean distance"
+
+
+def test_pictures_of_two_models() -> None:
+    distances = pd.DataFrame([[0.0, 0.4], [0.4, 0.0]], ["a", "b"], ["a", "b"])
+    for figure in (draw_heat_map(distances, "distance"), draw_tree(distances, "distance")):
+        figure.savefig(io.BytesIO())
+
+
+@pytest.mark.ray
+def test_fields_on_ray(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    from merge_ray.cluster.fields import compute_on_ray
+
+    models = {name: f"builtin:quickstart/{name}.safetensors" for name in ("digits", "shapes")}
+    with Progress() as progress:
+        here = relate(write_spec(tmp_path, models=models), progress)
+        there = relate(write_spec(tmp_path, name="ray", models=models), progress, compute_on_ray)
+        pd.testing.assert_frame_equal(here.distances, there.distances, rtol=1e-5)
+        torch.save({"visual.proj": torch.zeros(2)}, tmp_path / "broken.pt")
+        spec = write_spec(tmp_path, models={**models, "broken": str(tmp_path / "broken.pt")}, field={"steps": 2})
+        with pytest.raises(MergeRayError, match="the gradient field of 'broken' failed: the weights do not fit"):
+            relate(spec, progress, compute_on_ray)
+        compute = Counting()
+        relate(write_spec(tmp_path, models=models, field={"steps": 2}), progress, compute)
+    assert compute.models == []
+
+
+def test_the_command_prints_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_ray.cluster.fields.compute_on_ray", compute_here)
+    write_spec(tmp_path)
+    result = CliRunner().invoke(app, ["relatedness", str(tmp_path / "spec.yaml"), "--set", "distance=absolute"])
+    assert result.exit_code == 0 and "digits" in result.output and "heat_map.png" in result.output
 
 
 def test_the_quickstart_spec_is_valid() -> None:

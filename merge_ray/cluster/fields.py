@@ -26,8 +26,10 @@ def compute_on_ray(jobs: list[FieldJob], progress: Progress) -> None:
     """
     with ray_session(progress), progress.counted(f"gradient fields of {len(jobs)} models") as update:
         devices = Devices.share(jobs[0].spec.device, len(jobs), 1, live_nodes())
-        start = _compute.options(**devices.resources)
-        running = {start.options(name=f"field-{job.model}").remote(job, devices, Path.cwd()): job for job in jobs}
+        running = {}
+        for job in jobs:
+            start = _compute.options(name=f"field-{job.model}", **devices.resources)
+            running[start.remote(job, devices, Path.cwd())] = job
         waiting, failure = list(running), ""
         while waiting:
             (done,), waiting = ray.wait(waiting)

@@ -28,7 +28,6 @@ from merge_ray.progress import Progress
 from merge_ray.relatedness.correlation import correlate, find_reference
 from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import gradient_field
-from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 from merge_ray.relatedness.samples import make_samples
 from merge_ray.relatedness.spec import RelatednessSpec
 from merge_ray.tasks import cache_directory
@@ -200,6 +199,9 @@ def _distances(spec: RelatednessSpec, jobs: list[FieldJob]) -> pd.DataFrame:
 
 
 def _write(spec: RelatednessSpec, found: Relatedness) -> None:
+    # Imported here: workers that compute fields have no use for matplotlib.
+    from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
+
     _save(spec.directory / "distances.parquet", found.distances.reset_index())
     (spec.directory / "correlation.parquet").unlink(missing_ok=True)
     if found.correlation is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 
@@ -18,14 +19,18 @@ def similarity_linkage(distances: pd.DataFrame) -> np.ndarray:
 
 
 def draw_heat_map(distances: pd.DataFrame, label: str) -> Figure:
-    """A heat map of the distances ``[T, T]``, related models dark and side by side; the diagonal is left out."""
+    """A heat map of the distances ``[T, T]``, related models dark and side by side; the diagonal is left out.
+
+    The colours part the pairs into tenths: distances of unrelated models crowd near their maximum.
+    """
     order = hierarchy.leaves_list(similarity_linkage(distances))
     names, values = distances.index[order], distances.to_numpy()[np.ix_(order, order)].copy()
     np.fill_diagonal(values, np.nan)
     side = 2.2 + 0.45 * len(names)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="cividis")
+    bounds = np.unique(np.nanquantile(values, np.linspace(0, 1, 11)))
+    image = axes.imshow(values, cmap="cividis", norm=BoundaryNorm(bounds, 256) if len(bounds) > 1 else None)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
@@ -34,7 +39,7 @@ def draw_heat_map(distances: pd.DataFrame, label: str) -> Figure:
         if row != column:
             luminance = np.dot(image.to_rgba(np.array([value]))[0, :3], (0.299, 0.587, 0.114))
             colour = "black" if luminance > 0.5 else "white"
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=7)
+            axes.text(column, row, f"{value:.4g}", ha="center", va="center", color=colour, fontsize=6)
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     return figure
 
@@ -49,8 +54,8 @@ def draw_tree(distances: pd.DataFrame, label: str) -> Figure:
         color_threshold=0, above_threshold_color="#0072B2", leaf_font_size=9,
     )  # fmt: skip
     low, high = linkage[0, 2], linkage[-1, 2]
-    # Distances of unrelated models crowd near their maximum: an axis from zero would show a comb.
-    start = 0.0 if low < 0.5 * high else low - 0.5 * (high - low)
+    # Where all models are far apart, an axis from zero would show a comb.
+    start = low - 0.15 * (high - low) if 0.5 * high < low < high else 0.0
     axes.set_xlim(high + 0.03 * (high - start), start)
     axes.set_xlabel(f"mean {label}")
     axes.spines[["top", "left", "right"]].set_visible(False)
