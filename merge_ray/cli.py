@@ -195,6 +195,24 @@ def finetune(
         console.print(run_finetune(loaded, workers_per_task, progress))
 
 
+@app.command()
+def relatedness(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Compare models by their gradient fields (ModelGiF): distances, a heat map and a tree.
+
+    Fields are kept: the same command with another distance, or with one more model, costs only that.
+    """
+    from merge_ray.cluster.fields import compute_on_ray
+    from merge_ray.progress import Progress
+    from merge_ray.relatedness import RelatednessSpec, relate
+    from merge_ray.spec_files import load_spec
+
+    with Progress() as progress:
+        found = relate(load_spec(RelatednessSpec, spec, overrides or []), progress, compute_on_ray)
+    console.print(found.table())
+    console.print(f"\nDistances    {found.directory / 'distances.parquet'}")
+    console.print(f"Pictures     {found.directory / 'heat_map.png'}, {found.directory / 'tree.png'}")
+
+
 def _print(rendered: Any) -> None:
     if isinstance(rendered, str):
         print(rendered)

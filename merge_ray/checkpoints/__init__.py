@@ -3,7 +3,7 @@
 from merge_ray.checkpoints.adapters import is_adapter, read_finetuned, write_adapter
 from merge_ray.checkpoints.locations import open_location
 from merge_ray.checkpoints.read import fingerprint_file, read_metadata, read_weights
-from merge_ray.checkpoints.write import write_huggingface, write_open_clip, write_safetensors
+from merge_ray.checkpoints.write import stream_safetensors, write_huggingface, write_open_clip, write_safetensors
 
 __all__ = [
     "fingerprint_file",
@@ -12,6 +12,7 @@ __all__ = [
     "read_finetuned",
     "read_metadata",
     "read_weights",
+    "stream_safetensors",
     "write_adapter",
     "write_huggingface",
     "write_open_clip",

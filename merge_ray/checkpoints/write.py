@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +35,32 @@ def write_safetensors(
     with _replacing(path) as partial:
         save_file(tensors, partial, metadata)
     return path
+
+
+@contextmanager
+def stream_safetensors(
+    path: str | Path, name: str, shape: Sequence[int], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Write one float32 tensor ``name`` that need not fit in memory: yields ``append(part)``, in C order.
+
+    Raises CheckpointError where it cannot be written, or the parts do not make up `shape`; an existing file is kept
+    then.
+    """
+    path = Path(path)
+    size = 4 * math.prod(shape)
+    entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": _checked_metadata(path, metadata), name: entry}).encode()
+    header += b" " * (-len(header) % 8)
+    # Whoever writes computes the parts meanwhile: a RuntimeError is theirs.
+    with _replacing(path, (OSError,)) as partial, partial.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+
+        def append(part: torch.Tensor) -> None:
+            stream.write(part.detach().cpu().float().contiguous().numpy().data)
+
+        yield append
+        if (written := stream.tell() - 8 - len(header)) != size:
+            raise CheckpointError(f"{path}: {written} bytes were given for {name} {tuple(shape)}, which takes {size}")
 
 
 def write_huggingface(
@@ -121,8 +148,13 @@ def _plain(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a name in the same folder to write to; it takes the place of `path` once it is safely on the disk."""
+def _replacing(
+    path: Path, errors: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError)
+) -> Iterator[Path]:
+    """Give a name in the same folder to write to; it takes the place of `path` once it is safely on the disk.
+
+    errors: what is raised when it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +162,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except errors as error:
         raise CheckpointError(f"{path}: cannot be written ({error}); the place keeps what it held before") from error
     finally:
         with suppress(OSError):

@@ -143,7 +143,7 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
         with progress.step("read the base"):
             make_base(spec, cache)
     with ray_session(progress):
-        devices = Devices.share(spec.device, len(spec.tasks), workers_per_task, _nodes())
+        devices = Devices.share(spec.device, len(spec.tasks), workers_per_task, live_nodes())
         job = _Job(spec, cache, devices, _Board.remote(), Path.cwd())  # type: ignore[attr-defined]
         if spec.pretrain is not None:
             with progress.counted("pre-train the base") as update:
@@ -166,7 +166,8 @@ def results_table(spec: FinetuneSpec, results: list[TaskResult]) -> Table:
     return table
 
 
-def _nodes() -> list[Mapping[str, float]]:
+def live_nodes() -> list[Mapping[str, float]]:
+    """Ray's resources of every node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -175,7 +176,7 @@ def _pretrain(job: _Job, update: Callable[..., None]) -> None:
     if job.devices.kind == "cuda":
         threads, gpus = 1, 1
     else:
-        threads, gpus = int(max(node.get("CPU", 0) for node in _nodes())), 0
+        threads, gpus = int(max(node.get("CPU", 0) for node in live_nodes())), 0
     start = _run_pretraining.options(name="pretrain", num_cpus=threads, num_gpus=gpus)
     running = start.remote(job, threads)
     _wait([running], job, [BASE_JOB], update)

@@ -64,8 +64,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``[B, D]`` of length one for ``images`` uint8 ``[B, 3, S, S]``, on any device."""
-        pixels = images.to(self.scale.device, non_blocking=True).float().mul_(self.scale).add_(self.shift)
-        return nn.functional.normalize(self.tower(pixels), dim=-1)
+        return nn.functional.normalize(self.tower(self.prepare(images)), dim=-1)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the tower takes, float32 ``[B, 3, S, S]``, of ``images`` uint8, on any device."""
+        return images.to(self.scale.device, non_blocking=True).float().mul_(self.scale).add_(self.shift)
 
     def native_state(self) -> dict[str, Tensor]:
         """The tower's tensors under the family's native names."""
