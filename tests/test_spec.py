@@ -133,6 +133,17 @@ def test_overrides_replace_values(tmp_path: Path) -> None:
     assert (spec.name, spec.studies["ties"].trials, spec.evaluation.shards) == ("other", 3, 2)
 
 
+@pytest.mark.parametrize("location", ["{task}.pt", "{task}", "models/{task}.pt", "[{task}].pt", "a: b: {task}"])
+def test_an_override_may_hold_placeholders(tmp_path: Path, location: str) -> None:
+    [spec] = load(tmp_path, [f"models.finetuned={location}"])
+    assert spec.models.finetuned_location("digits") == location.replace("{task}", "digits")
+
+
+def test_an_override_may_be_a_mapping(tmp_path: Path) -> None:
+    [spec] = load(tmp_path, ["evaluation={shards: 2, batch_size: 3}", 'task_defaults={parquet: "{task}/{split}"}'])
+    assert (spec.evaluation.shards, spec.evaluation.batch_size) == (2, 3)
+
+
 def test_an_override_without_a_value_is_told_so(tmp_path: Path) -> None:
     assert "--set name: write key.inner=value" in mistakes(tmp_path, ["name"])
 
