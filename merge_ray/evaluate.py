@@ -119,11 +119,16 @@ class Evaluator:
             for split, parts in data.items()
         }
 
-    def outcomes(self, merged: Merged, split: str, shard: int | None = None) -> dict[str, np.ndarray]:
-        """For every task, what is kept of the answers to the shard's samples (to all samples, without a shard)."""
+    def outcomes(
+        self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1
+    ) -> dict[str, np.ndarray]:
+        """For every task, what is kept of the answers to the shard's samples (to all samples, without a shard).
+
+        share, shares: to the ``share``-th of so many equal runs of their batches, which stay the batches that they are.
+        """
         if merged.shared:
             merged.write(next(iter(self.models[split])), self.skeleton.flat)
-        return {task: self._outcomes(merged, model, shard) for task, model in self.models[split].items()}
+        return {task: self._outcomes(merged, model, shard, share, shares) for task, model in self.models[split].items()}
 
     def score(self, merged: Merged, task: str) -> float:
         """The metric of ``merged`` on all validation samples of ``task``."""
@@ -144,7 +149,9 @@ class Evaluator:
         return summarize(score_tasks(outcomes, data, references), objective)
 
     @torch.inference_mode()
-    def _outcomes(self, merged: Merged, model: TaskModel, shard: int | None) -> np.ndarray:
+    def _outcomes(
+        self, merged: Merged, model: TaskModel, shard: int | None, share: int = 0, shares: int = 1
+    ) -> np.ndarray:
         if isinstance(merged, Predictor):
             ask: Callable[[Positions], Tensor] = partial(merged.outcomes, model)
         else:
@@ -152,7 +159,9 @@ class Evaluator:
                 merged.write(model.task, self.skeleton.flat)
             ask = model.outcomes
         start, stop = self._bounds(len(model), shard)
-        parts = [ask(positions) for positions in model.batches(start, stop)]
+        batches = list(model.batches(start, stop))
+        first, last = (len(batches) * index // shares for index in (share, share + 1))
+        parts = [ask(positions) for positions in batches[first:last]]
         return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=bool)
 
     def _bounds(self, count: int, shard: int | None) -> tuple[int, int]:

@@ -70,6 +70,8 @@ class EvaluationSpec(Strict):
     batch_size: int = Field(128, ge=1)
     shards: int = Field(4, ge=1)
     """Validation data are scored in this many shards of a fixed random order; schedulers act between them."""
+    learning_reports: int = Field(5, ge=1)
+    """A method that learns reports its score on the first shard after each of so many equal parts of its steps."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples a task; the test split is always scored whole."""
     transductive: bool = False

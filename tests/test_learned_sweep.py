@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -23,17 +24,19 @@ import torch
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.checkpoints import read_weights
+from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.tuning import run_studies
+from merge_ray.errors import LedgerError
 from merge_ray.export import export_merge
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
-from merge_ray.spec import StudySpec
+from merge_ray.spec import EvaluationSpec, StudySpec
 from merge_ray.spec_files import load_sweeps
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -104,6 +107,117 @@ def test_what_was_learned_is_kept_and_gives_the_confirmed_weights(
             if granularity == "layer":
                 assert tuple(file["layers"]) == bank.layout.names
     assert "Learned coefficients" in write_report(finished).read_text()
+
+
+MAPPING = {"method": "dict_fusion", "searcher": "grid", "space": {}}
+LEARNING = {"feature_extractor": "base", "granularity": "layer", "learning_rate": 0.01, "batch_size": 4}
+REPORTED = {"batch_size": 16, "shards": 2, "learning_reports": 3}
+
+
+@pytest.fixture(scope="module")
+def mapped(world: Path, ray_cluster: dict[str, Any]) -> Path:
+    studies = {
+        "mapping": {**MAPPING, "parameters": {**LEARNING, "steps": 60}},
+        "coefficients": {**ADAMERGING, "parameters": {"steps": 60, "batch_size": 4}},
+        "by_task": {"method": "dawin", "parameters": {"level": "task"}, "searcher": "grid", "space": {}},
+    }
+    return sweep(world, name="mapped", studies=studies, evaluation=REPORTED)
+
+
+def scores(directory: Path) -> dict[tuple[str, str], Any]:
+    """By study and split, each task's score and which of its samples are right."""
+    rows = read_rows(directory).to_dict("records")
+    return {(row["study"], row["split"]): [(task["value"], task["correct"]) for task in row["tasks"]] for row in rows}
+
+
+def test_every_saved_step_is_kept_and_evaluated_alone(world: Path, mapped: Path) -> None:
+    for study in ("mapping", "coefficients"):
+        saved = {path.name for path in (mapped / "artifacts" / study).iterdir()}
+        assert saved == {f"step-{step}{suffix}" for step in (20, 40, 60) for suffix in (".json", ".safetensors")}
+        about = json.loads((mapped / "artifacts" / study / "step-40.json").read_text())
+        [row] = [row for row in read_rows(mapped).to_dict("records") if (row["study"], row["split"]) == (study, "val")]
+        assert (about["step"], about["loss"]) == (40, row["losses"][1])
+    steps = {name: str(mapped / "artifacts" / name / "step-40.safetensors") for name in ("mapping", "coefficients")}
+    studies = {
+        "mapping_alone": {**MAPPING, "parameters": {**LEARNING, "steps": 0, "mapping": steps["mapping"]}},
+        "mapping_short": {**MAPPING, "parameters": {**LEARNING, "steps": 40}},
+        "coefficients_alone": {**ADAMERGING, "parameters": {"coefficients": steps["coefficients"]}},
+        "coefficients_short": {**ADAMERGING, "parameters": {"steps": 40, "batch_size": 4}},
+    }
+    found = scores(sweep(world, name="alone", studies=studies, evaluation=REPORTED))
+    for study in ("mapping", "coefficients"):
+        for split in ("val", "test"):
+            assert found[f"{study}_alone", split] == found[f"{study}_short", split]
+    assert found["mapping_alone", "val"] != scores(mapped)["mapping", "val"]
+
+
+def test_the_curve_of_learning_is_in_the_ledger_and_the_report(mapped: Path) -> None:
+    rows = read_rows(mapped)
+    for row in rows[(rows["split"] == "val") & rows["study"].isin(["mapping", "coefficients"])].to_dict("records"):
+        assert row["steps"].tolist() == [20, 40, 60]
+        assert len(row["losses"]) == 3 and len(row["curve"]) == 3 + 2
+    assert write_report(mapped).read_text().count("Learning of the best candidate") == 2
+
+
+def test_hosts_share_the_samples_of_a_candidate_and_find_the_same(world: Path, mapped: Path) -> None:
+    studies = {"mapping": {**MAPPING, "parameters": {**LEARNING, "steps": 60}}}
+    alone = sweep(world, name="one_host", studies=studies, evaluation=REPORTED, hosts={"count": 1})
+    found, expected = scores(alone), scores(mapped)
+    assert {key: expected[key] for key in found} == found
+
+
+def test_a_merge_by_sample_is_exported_as_what_makes_it(mapped: Path, tmp_path: Path) -> None:
+    paths = export_merge(mapped, "mapping", tmp_path, "safetensors", Progress())
+    assert [path.name for path in paths] == ["mapping.npz", "merge.json", "sweep.yaml"]
+    about = json.loads((tmp_path / "merge.json").read_text())
+    assert about["parameters"]["mapping"] == str(tmp_path / "mapping.npz") and about["parameters"]["steps"] == 0
+    base = Path(about["sources"]["base"]["location"])
+    assert about["sources"]["base"]["sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    assert set(about["sources"]) == {"base", *(f"finetuned/{task}" for task in tiny.TASKS)}
+    [spec] = load_sweeps(tmp_path / "sweep.yaml")
+    again = scores(run_sweep(spec, Progress()))
+    assert again["mapping", "test"] == scores(mapped)["mapping", "test"]
+    with pytest.raises(LedgerError, match=r"--format huggingface: dict_fusion makes weights for every sample"):
+        export_merge(mapped, "mapping", tmp_path, "huggingface", Progress())
+
+
+def test_coefficients_found_for_tasks_are_exported_as_models(mapped: Path, bank: ModelBank, tmp_path: Path) -> None:
+    paths = export_merge(mapped, "by_task", tmp_path, "safetensors", Progress())
+    assert [path.stem for path in paths] == list(bank.tasks)
+    with np.load(mapped / "artifacts" / "by_task.npz") as file:
+        expected = bank.base + torch.from_numpy(file["coefficients/bees"]) @ bank.task_vectors
+    torch.testing.assert_close(bank.layout.flatten(read_weights(paths[1])), expected)
+
+
+@ray.remote
+class Sharer:
+    """A host that says which shares it was asked for, and fails on one candidate's."""
+
+    def outcomes(self, candidate: Candidate, learned: None, share: int, shares: int) -> dict[str, Any]:
+        if candidate.parameters["scaling_coefficient"] == 0.5:
+            raise FloatingPointError("the merged model's logits are not finite")
+        return {"share": (share, shares)}
+
+    def score(self, candidate: Candidate, shard: None, references: None, learned: None, *shares: Any) -> dict[str, Any]:
+        return {"shares": [part["share"] for part in shares]}
+
+
+def test_idle_hosts_take_their_share_of_the_last_candidates(ray_cluster: dict[str, Any]) -> None:
+    fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
+
+    def ask(*coefficients: float) -> list[Any]:
+        methods = [make_method("task_arithmetic", {"scaling_coefficient": value}) for value in coefficients]
+        asked = [Candidate.of("sweep", "study", method, 0, "test", fingerprints) for method in methods]
+        pool = HostPool([Sharer.remote() for _ in range(5)], [])  # type: ignore[attr-defined]
+        try:
+            return [report for _, report, _ in pool.score_all(asked, None, lambda candidate, host: None)]
+        finally:
+            pool.close()
+
+    assert ask(0.1) == [{"shares": [(share, 5) for share in range(5)]}]
+    assert sorted(len(report["shares"]) for report in ask(0.1, 0.2)) == [2, 3]
+    [failed] = ask(0.5)
+    assert cause(failed) == "FloatingPointError: the merged model's logits are not finite"
 
 
 def command(spec: Path) -> subprocess.Popen[bytes]:
@@ -178,7 +292,7 @@ def test_losers_are_stopped_while_they_learn_and_a_loss_without_a_number_fails_i
     pool = HostPool([StandIn.remote()], [])  # type: ignore[attr-defined]
     ledger = start_results_actor(tmp_path, f"{tmp_path.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, 2, tmp_path, lambda: None)
+        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=2), tmp_path, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -24,7 +24,7 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import StudySpec, SweepSpec
+from merge_ray.spec import EvaluationSpec, StudySpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -235,7 +235,7 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     pool = HostPool([host], [])
     ledger = start_results_actor(directory, f"{directory.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, 1, directory, lambda: None)
+        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=1), directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -21,6 +21,7 @@ from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
 from merge_ray.errors import LedgerError
 from merge_ray.search import Outcome
+from merge_ray.spec import EvaluationSpec
 from merge_ray.study import Study, outcome_of
 
 TRIALS_PER_HOST = 2
@@ -117,14 +118,13 @@ def run_studies(
     pool: HostPool,
     ledger: Any,
     references: Mapping[str, float],
-    shards: int,
+    evaluation: EvaluationSpec,
     directory: Path,
     progress: Callable[[], None],
 ) -> None:
     """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
 
-    shards: how many parts validation data are scored in. directory: the sweep's results; Tune's own files,
-    TensorBoard's among them, go to its ``tune`` folder.
+    directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
     Raises :class:`merge_ray.errors.LedgerError` when rows can no longer be written.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger is the log; TensorBoard's is asked for
@@ -135,7 +135,8 @@ def run_studies(
         hosts=pool.hosts,
         ledger=ledger,
         references=dict(references),
-        shards=shards,
+        shards=evaluation.shards,
+        learning_reports=evaluation.learning_reports,
     )
     callback = _TrialCallback(studies, ledger, progress)
     tuner = tune.Tuner(

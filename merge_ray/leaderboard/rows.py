@@ -51,6 +51,7 @@ ROW_SCHEMA = pa.schema(
         ("samples", pa.int64()),
         ("curve", pa.list_(pa.float64())),
         ("losses", pa.list_(pa.float64())),
+        ("steps", pa.list_(pa.int64())),
         ("seconds_merge", pa.float64()),
         ("seconds_evaluate", pa.float64()),
         ("seconds_total", pa.float64()),

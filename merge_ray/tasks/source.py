@@ -78,11 +78,10 @@ def stamp_files(paths: Iterable[Path]) -> str:
 
 
 class BuiltinPart(Part):
-    """One split of a task that is made on the spot."""
+    """One split of a task that ``make`` makes on the spot."""
 
-    def __init__(self, name: str, split: str) -> None:
-        self.name = name
-        self.split = split
+    def __init__(self, name: str, split: str, make: Callable[[str], tuple[Any, np.ndarray]]) -> None:
+        self.name, self.split, self.make = name, split, make
 
     def stamp(self) -> str:
         return recipe()
@@ -90,7 +89,7 @@ class BuiltinPart(Part):
     @cached_property
     def made(self) -> tuple[Any, np.ndarray]:
         """The samples and their labels."""
-        return {**BUILTIN_TASKS, **TEXT_TASKS}[self.name].make(self.split)
+        return self.make(self.split)
 
     def load_labels(self) -> np.ndarray:
         return self.made[1]
@@ -117,8 +116,10 @@ class BuiltinTextPart(BuiltinPart, TextPart):
 def builtin_source(name: str) -> Source:
     """The three splits of a built-in task."""
     if name in TEXT_TASKS:
-        return Source({split: BuiltinTextPart(name, split) for split in SPLITS}, TEXT_TASKS[name].classes)
-    return Source({split: BuiltinImagePart(name, split) for split in SPLITS}, BUILTIN_TASKS[name].classes)
+        texts = TEXT_TASKS[name]
+        return Source({split: BuiltinTextPart(name, split, texts.make) for split in SPLITS}, texts.classes)
+    images = BUILTIN_TASKS[name]
+    return Source({split: BuiltinImagePart(name, split, images.make) for split in SPLITS}, images.classes)
 
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
