@@ -1,5 +1,6 @@
 """A spec says all its mistakes at once, each with its place, the value, the valid set and the nearest match."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,16 @@ def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
     assert [(task.parquet, task.val_size) for task in spec.tasks] == [
         ("data/one/{split}.parquet", 5),
         ("data/two/{split}.parquet", 7),
+    ]
+
+
+def test_saved_steps_are_searched_as_the_results_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "results" / "README.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    [spec] = load(tmp_path, **yaml.safe_load(example))
+    assert [Path(value).stem for value in spec.studies["steps"].search_space()["mapping"].grid()] == [
+        "step-50",
+        "step-100",
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,8 @@ class Learned:
 
     def to_bytes(self) -> bytes:
         """A safetensors file of the state, the rest but for the artifacts as its metadata."""
-        scalars = replace(self, state={}, artifacts={})
-        about = json.dumps({name: value for name, value in asdict(scalars).items() if value != {}})
-        return _save(self.state, {"learned": about})
+        about = {name: value for name, value in vars(self).items() if name not in ("state", "artifacts")}
+        return _save(self.state, {"learned": json.dumps(about)})
 
     def step_files(self) -> dict[str, bytes]:
         """The artifacts by suffix: a safetensors file, and a JSON of the step, its loss and what is text in them."""

@@ -92,8 +92,8 @@ class Predictor(Merged):
     def write(self, task: str, out: Tensor) -> None:
         """There are no weights that answer a whole task."""
         raise ParameterError(
-            f"{self.resolved.name} makes weights for every sample; there are none to write down. A sweep scores it, and "
-            "merge-ray export of that sweep writes what makes them"
+            f"{self.resolved.name} makes weights for every sample; there are none to write down. A sweep scores it, "
+            "and merge-ray export of that sweep writes what makes them"
         )
 
 

@@ -146,7 +146,8 @@ def _learning_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, 
     """For every study whose best candidate has learned, its objective against the steps."""
     merged = table[table["kind"] == "merged"]
     styles = plots.style_of(sorted(merged["study"]))
-    learned = rows[rows["steps"].map(np.size, na_action="ignore") > 0].drop_duplicates("identity").set_index("identity")
+    learned = rows[[steps is not None and len(steps) > 0 for steps in rows["steps"]]]
+    learned = learned.drop_duplicates("identity").set_index("identity")
     found = []
     for study, identity in zip(merged["study"], merged["validation_identity"], strict=True):
         if identity in learned.index:
