@@ -161,11 +161,12 @@ def leaderboard(
     published: Annotated[Path | None, typer.Option(help="A CSV of published results to show beside.")] = None,
     model: Annotated[str | None, typer.Option(help="Only published rows of this model, as in CLIP-ViT-B/32.")] = None,
     num_tasks: Annotated[int | None, typer.Option(help="Only published rows over this many tasks.")] = None,
+    by_pair: Annotated[bool, typer.Option("--by-pair", help="A row for each pair of a sweep over pairs.")] = False,
 ) -> None:
     """Rank the confirmed merges of one or several sweeps."""
     from merge_ray.leaderboard import add_published, published_rows, rank, read_rows, render
 
-    table = rank(read_rows(results), objective)
+    table = rank(read_rows(results), objective, by_pair)
     if published:
         table = add_published(table, published_rows(published, model=model, num_tasks=num_tasks))
     _print(render(table, format))

@@ -6,7 +6,8 @@ the same samples in the same shards, and two candidates can be compared sample b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -118,6 +119,15 @@ class Evaluator:
             split: {task: TaskModel(task, split, skeleton, part, batch_size) for task, part in parts.items()}
             for split, parts in data.items()
         }
+
+    def of(self, tasks: Sequence[str]) -> Evaluator:
+        """The same for some of the tasks alone, with the same skeleton and data."""
+        part = copy.copy(self)
+        part.models = {
+            split: {task: model for task, model in models.items() if task in tasks}
+            for split, models in self.models.items()
+        }
+        return part
 
     def outcomes(
         self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1

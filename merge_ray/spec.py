@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,6 +224,8 @@ class SweepSpec(Strict):
     seed: int = 0
     models: ModelsSpec
     tasks: list[TaskSpec]
+    pairs: Literal["all"] | list[tuple[str, str]] | None = None
+    """Merge the models of two tasks at a time, all pairs or those listed, in place of the models of all tasks."""
     evaluation: EvaluationSpec = EvaluationSpec()
     studies: dict[str, StudySpec]
     hosts: HostsSpec = HostsSpec()
@@ -240,6 +243,10 @@ class SweepSpec(Strict):
             problems.append("tasks: at least one task is needed")
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"tasks: named twice: {', '.join(doubled)}")
+        if unknown := sorted({task for pair in self.task_pairs for task in pair} - set(names)):
+            problems.append(f"pairs: {unknown[0]!r} is no task; {choose_from(unknown[0], names)}")
+        if self.pairs is not None and not all(len(set(pair)) == 2 for pair in self.task_pairs or [()]):
+            problems.append("pairs: each names two different tasks, and there must be one at least")
         if not self.studies:
             problems.append("studies: at least one study is needed")
         for field in ("finetuned", "heads"):
@@ -265,6 +272,14 @@ class SweepSpec(Strict):
     def task_names(self) -> list[str]:
         """The tasks' names in the spec's order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def task_pairs(self) -> list[tuple[str, ...]]:
+        """The pairs of tasks whose models are merged, each sorted; one empty pair where all models are."""
+        if self.pairs is None:
+            return [()]
+        pairs = combinations(self.task_names, 2) if self.pairs == "all" else self.pairs
+        return sorted({tuple(sorted(pair)) for pair in pairs})
 
     @property
     def directory(self) -> Path:

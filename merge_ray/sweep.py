@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,15 @@ class _Sweep:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
         evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
-        for name, spec in self.spec.studies.items():
-            template = self._candidate(name, spec.method, "val", spec.parameters)
+        for (name, spec), pair in product(self.spec.studies.items(), self.spec.task_pairs):
+            template = self._candidate(name, spec.method, "val", _of_pair(spec.parameters, pair), pair)
             reports = evaluation.shards + (evaluation.learning_reports if template.make().steps_to_learn else 0)
-            earlier = [study for study in studies if study.spec.method == spec.method]
-            studies.append(Study(spec, template, self.spec.task_names, reports, self.rows, distance, earlier))
-        with self.progress.bars({study.spec.name: study.spec.trials for study in studies}) as update:
+            earlier = [item for item in studies if (item.spec.method, item.template.pair) == (spec.method, pair)]
+            tasks = pair or self.spec.task_names
+            studies.append(Study(spec, template, tasks, reports, self.rows, distance, earlier))
+        pairs = len(self.spec.task_pairs)
+        totals = {name: spec.trials and spec.trials * pairs for name, spec in self.spec.studies.items()}
+        with self.progress.bars(totals) as update:
             show = partial(_show_studies, studies, update)
             run_studies(studies, self.pool, self.ledger, references["val"], evaluation, self.spec.directory, show)
         self._share_rows(studies)
@@ -125,7 +129,7 @@ class _Sweep:
         """
         looks = "unlabeled" in find_method(row["method"]).needs
         parameters = json.loads(row["parameters" if looks else "resolved"])
-        return self._candidate(row["study"], row["method"], "test", parameters)
+        return self._candidate(row["study"], row["method"], "test", parameters, tuple(row["pair"]))
 
     def _learn(self, candidate: Candidate, host: Any) -> ray.ObjectRef | None:
         """What a candidate learns on the host, as far as that is not saved from its search; None if it does not."""
@@ -165,16 +169,37 @@ class _Sweep:
             raise DataError(f"the fine-tuned models of {zeros} score 0 on {candidate.split}: do head and labels fit?")
         return scores
 
-    def _candidate(self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None) -> Candidate:
+    def _candidate(
+        self,
+        study: str,
+        method: str,
+        split: str,
+        parameters: Mapping[str, Any] | None = None,
+        pair: tuple[str, ...] = (),
+    ) -> Candidate:
         made = make_method(method, parameters or {})
-        return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints)
+        return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
+
+
+def _of_pair(parameters: Mapping[str, Any], pair: tuple[str, ...]) -> dict[str, Any]:
+    """A study's fixed parameters, those with a value per task cut to the pair's."""
+    if not pair:
+        return dict(parameters)
+    return {
+        name: {task: value[task] for task in pair} if isinstance(value, Mapping) else value
+        for name, value in parameters.items()
+    }
 
 
 def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None:
-    for study in studies:
-        best, done = study.best_value, len(study.outcomes)
-        note = "" if best is None else f"best {best:.4f}"
-        update(study.spec.name, done, done if study.finished else study.spec.trials, note, study.finished)
+    """One bar for each study of the spec, over its pairs."""
+    for name, each in groupby(studies, lambda study: study.spec.name):
+        parts = list(each)
+        best = [part.best_value for part in parts if part.best_value is not None]
+        done, finished = sum(len(part.outcomes) for part in parts), all(part.finished for part in parts)
+        trials = parts[0].spec.trials
+        note = f"best {np.mean(best):.4f}" if best else ""
+        update(name, done, done if finished else trials and trials * len(parts), note, finished)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class ModelHost:
             setup.evaluation.shards,
         )
         self.cache = MergeCache(self.bank.base.nbytes)
-        self.candidate = ""
+        self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
         self.shards: list[dict[str, np.ndarray]] = []
@@ -116,7 +116,7 @@ class ModelHost:
             parts = self.shards[: shard + 1]
         outcomes = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
         return {
-            **self.evaluator.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
+            **self.asked.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
             "notes": list(merged.notes),
             "transductive": candidate.split == "test" and self.seen == "test" and "unlabeled" in self.inputs.used,
@@ -124,7 +124,7 @@ class ModelHost:
             "seconds_evaluate": self.seconds_evaluate,
             "peak_memory_bytes": self._peak_memory(),
             "storage_bytes": merged.storage_bytes(),
-            "storage_ratio": merged.storage_bytes() / self.bank.finetuned_bytes,
+            "storage_ratio": merged.storage_bytes() / self.inputs.bank.finetuned_bytes,
             "device": _device_name(self.device),
             "host": socket.gethostname(),
         }
@@ -135,7 +135,7 @@ class ModelHost:
 
     def _outcomes(self, merged: Merged, *what: Any) -> dict[str, np.ndarray]:
         started = time.perf_counter()
-        outcomes = self.evaluator.outcomes(merged, *what)
+        outcomes = self.asked.outcomes(merged, *what)
         self.seconds_evaluate += time.perf_counter() - started
         return outcomes
 
@@ -187,14 +187,15 @@ class ModelHost:
         method = candidate.make()
         # What a method may see is validation data, also of a candidate that is scored on the test split.
         self.seen = candidate.split if self.setup.evaluation.transductive else "val"
+        self.asked = self.evaluator.of(candidate.pair) if candidate.pair else self.evaluator
         self.inputs = MergeInputs(
-            self.bank,
+            self.bank.of(candidate.pair) if candidate.pair else self.bank,
             seed=candidate.seed,
             out=self.evaluator.skeleton.flat,
             cache=self.cache,
             resources={
-                "validation": self.evaluator.score,
-                "unlabeled": UnlabeledSamples(self.evaluator.models[self.seen]),
+                "validation": self.asked.score,
+                "unlabeled": UnlabeledSamples(self.asked.models[self.seen]),
             },
             needs=method.needs,
         )

@@ -121,7 +121,7 @@ def share(ledger: Any, candidate: Candidate, study: str) -> None:
 
 def keep(ledger: Any, candidate: Candidate, arrays: Mapping[str, np.ndarray], learner: Candidate) -> str:
     """See :meth:`ResultsActor.keep`; raises :class:`LedgerError` if they cannot be written."""
-    path: str = _answer(ledger.keep.remote(candidate.identity, candidate.study, arrays, learner.identity))
+    path: str = _answer(ledger.keep.remote(candidate.identity, candidate.search, arrays, learner.identity))
     return path
 
 

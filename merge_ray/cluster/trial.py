@@ -26,10 +26,10 @@ class MergeTrainable(tune.Trainable):
     objective on the first shard, which compares candidates that have come as far. What is learned is saved with the
     ledger, and a trial that starts anew goes on from there.
 
-    config: ``study`` and the ``parameters`` of the method; ``steps`` to learn, 0 for most; ``host``, the index of the
-    leased host; ``cutoffs``, the objective that must be reached after a number of reports to go on. A candidate that
-    fails is a row, and a row that cannot be written is a result with the status ``unrecorded``; Tune sees an error
-    only when this process ends.
+    config: ``search``, the study and its pair, and the ``parameters`` of the method; ``steps`` to learn, 0 for most;
+    ``host``, the index of the leased host; ``cutoffs``, the objective that must be reached after a number of reports
+    to go on. A candidate that fails is a row, and a row that cannot be written is a result with the status
+    ``unrecorded``; Tune sees an error only when this process ends.
     """
 
     def setup(
@@ -42,7 +42,7 @@ class MergeTrainable(tune.Trainable):
         shards: int = 1,
         learning_reports: int = 5,
     ) -> None:
-        """Take what all trials share; a study's template is a candidate but for its parameters."""
+        """Take what all trials share; a search's template is a candidate but for its parameters."""
         assert templates is not None and hosts is not None
         self.templates, self.hosts, self.ledger = templates, hosts, ledger
         self.references, self.shards, self.parts = references, shards, learning_reports
@@ -50,7 +50,7 @@ class MergeTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start on another candidate: Tune reuses the process of a finished trial."""
-        self.candidate = replace(self.templates[new_config["study"]], parameters=new_config["parameters"])
+        self.candidate = replace(self.templates[new_config["search"]], parameters=new_config["parameters"])
         self.host = self.hosts[new_config["host"]]
         self.cutoffs = {int(reports): value for reports, value in new_config["cutoffs"].items()}
         self.steps = new_config["steps"]

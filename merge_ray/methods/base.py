@@ -208,7 +208,7 @@ class MergeInputs:
 
         The result is read-only for the caller: the next candidate gets the same tensor.
         """
-        return self._cache.get(key, compute)
+        return self._cache.get((self.bank.tasks, key), compute)
 
 
 class MergeCache:
