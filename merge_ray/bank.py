@@ -165,6 +165,16 @@ class ModelBank:
             base, task_vectors = (torch.from_numpy(arrays[name]) for name in ("base", "task_vectors"))
         return cls(layout, base, task_vectors, tuple(tasks), dict(extras), fingerprint)
 
+    def of(self, tasks: Sequence[str]) -> ModelBank:
+        """The bank of some of the tasks alone, in its own order; two rows are not copied."""
+        places = [place for place, task in enumerate(self.tasks) if task in tasks]
+        rows: slice | list[int] = places
+        if len(places) == 2:
+            rows = slice(places[0], places[1] + 1, places[1] - places[0])
+        return dataclasses.replace(
+            self, task_vectors=self.task_vectors[rows], tasks=tuple(self.tasks[place] for place in places)
+        )
+
     def to(self, device: torch.device | str) -> ModelBank:
         """The bank with its vectors on ``device`` (the same memory if they are there already)."""
         return dataclasses.replace(self, base=self.base.to(device), task_vectors=self.task_vectors.to(device))

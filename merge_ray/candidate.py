@@ -28,7 +28,10 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merge to score: ``parameters`` are complete and canonical (see :meth:`Candidate.of`)."""
+    """One merge to score: ``parameters`` are complete and canonical (see :meth:`Candidate.of`).
+
+    pair: the two tasks whose models are merged, of a sweep over pairs; otherwise those of all tasks are.
+    """
 
     sweep: str
     study: str
@@ -37,11 +40,21 @@ class Candidate:
     seed: int
     split: str
     fingerprints: Fingerprints
+    pair: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, sweep: str, study: str, method: Method, seed: int, split: str, fingerprints: Fingerprints) -> Candidate:
+    def of(
+        cls,
+        sweep: str,
+        study: str,
+        method: Method,
+        seed: int,
+        split: str,
+        fingerprints: Fingerprints,
+        pair: tuple[str, ...] = (),
+    ) -> Candidate:
         """The candidate that scores ``method`` on ``split``."""
-        return cls(sweep, study, method.name, method.parameters(), seed, split, fingerprints)
+        return cls(sweep, study, method.name, method.parameters(), seed, split, fingerprints, pair)
 
     @property
     def identity(self) -> str:
@@ -56,14 +69,19 @@ class Candidate:
             # Choices on validation data make any score depend on them; they are part of every identity.
             "validation": self.fingerprints.data["val"],
             "protocol": self.fingerprints.protocol,
-        }
+        } | ({"pair": list(self.pair)} if self.pair else {})
         return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
     @property
     def label(self) -> str:
         """A readable name: the study and the parameters."""
         values = ",".join(f"{name}={_short(value)}" for name, value in self.parameters.items() if value is not None)
-        return f"{self.study}({values})" if values else self.study
+        return f"{self.search}({values})" if values else self.search
+
+    @property
+    def search(self) -> str:
+        """What this candidate is searched for by: its study, and its pair where there is one."""
+        return "-".join((self.study, *self.pair))
 
     def make(self) -> Method:
         """The method with its parameters, checked."""
@@ -97,6 +115,7 @@ def ledger_row(candidate: Candidate, status: str, **measured: Any) -> dict[str, 
         "sweep": candidate.sweep,
         "study": candidate.study,
         "method": candidate.method,
+        "pair": list(candidate.pair),
         "parameters": canonical_json(candidate.parameters),
         "resolved": canonical_json(candidate.parameters),
         "seed": candidate.seed,
@@ -107,6 +126,7 @@ def ledger_row(candidate: Candidate, status: str, **measured: Any) -> dict[str, 
         "tasks": [],
         "curve": [],
         "losses": [],
+        "steps": [],
         "samples": 0,
         "artifacts": [],
         "transductive": False,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -109,6 +108,8 @@ def merge(
 
 def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Sort ``TASK=LOCATION`` words and ``--parameter value`` pairs out of a command line."""
+    from merge_ray.spec_files import parse_value
+
     models, parameters = {}, {}
     words = list(finetuned)
     queue = list(rest)
@@ -118,9 +119,9 @@ def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, s
             words.append(word)
         elif "=" in word:
             key, _, value = word.partition("=")
-            parameters[key[2:].replace("-", "_")] = yaml.safe_load(value)
+            parameters[key[2:].replace("-", "_")] = parse_value(value)
         elif queue:
-            parameters[word[2:].replace("-", "_")] = yaml.safe_load(queue.pop(0))
+            parameters[word[2:].replace("-", "_")] = parse_value(queue.pop(0))
         else:
             raise MergeRayError(f"{word} needs a value")
     for word in words:
@@ -160,11 +161,12 @@ def leaderboard(
     published: Annotated[Path | None, typer.Option(help="A CSV of published results to show beside.")] = None,
     model: Annotated[str | None, typer.Option(help="Only published rows of this model, as in CLIP-ViT-B/32.")] = None,
     num_tasks: Annotated[int | None, typer.Option(help="Only published rows over this many tasks.")] = None,
+    by_pair: Annotated[bool, typer.Option("--by-pair", help="A row for each pair of a sweep over pairs.")] = False,
 ) -> None:
     """Rank the confirmed merges of one or several sweeps."""
     from merge_ray.leaderboard import add_published, published_rows, rank, read_rows, render
 
-    table = rank(read_rows(results), objective)
+    table = rank(read_rows(results), objective, by_pair)
     if published:
         table = add_published(table, published_rows(published, model=model, num_tasks=num_tasks))
     _print(render(table, format))

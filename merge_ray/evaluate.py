@@ -6,7 +6,8 @@ the same samples in the same shards, and two candidates can be compared sample b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -119,11 +120,25 @@ class Evaluator:
             for split, parts in data.items()
         }
 
-    def outcomes(self, merged: Merged, split: str, shard: int | None = None) -> dict[str, np.ndarray]:
-        """For every task, what is kept of the answers to the shard's samples (to all samples, without a shard)."""
+    def of(self, tasks: Sequence[str]) -> Evaluator:
+        """The same for some of the tasks alone, with the same skeleton and data."""
+        part = copy.copy(self)
+        part.models = {
+            split: {task: model for task, model in models.items() if task in tasks}
+            for split, models in self.models.items()
+        }
+        return part
+
+    def outcomes(
+        self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1
+    ) -> dict[str, np.ndarray]:
+        """For every task, what is kept of the answers to the shard's samples (to all samples, without a shard).
+
+        share, shares: to the ``share``-th of so many equal runs of their batches, which stay the batches that they are.
+        """
         if merged.shared:
             merged.write(next(iter(self.models[split])), self.skeleton.flat)
-        return {task: self._outcomes(merged, model, shard) for task, model in self.models[split].items()}
+        return {task: self._outcomes(merged, model, shard, share, shares) for task, model in self.models[split].items()}
 
     def score(self, merged: Merged, task: str) -> float:
         """The metric of ``merged`` on all validation samples of ``task``."""
@@ -144,7 +159,9 @@ class Evaluator:
         return summarize(score_tasks(outcomes, data, references), objective)
 
     @torch.inference_mode()
-    def _outcomes(self, merged: Merged, model: TaskModel, shard: int | None) -> np.ndarray:
+    def _outcomes(
+        self, merged: Merged, model: TaskModel, shard: int | None, share: int = 0, shares: int = 1
+    ) -> np.ndarray:
         if isinstance(merged, Predictor):
             ask: Callable[[Positions], Tensor] = partial(merged.outcomes, model)
         else:
@@ -152,7 +169,9 @@ class Evaluator:
                 merged.write(model.task, self.skeleton.flat)
             ask = model.outcomes
         start, stop = self._bounds(len(model), shard)
-        parts = [ask(positions) for positions in model.batches(start, stop)]
+        batches = list(model.batches(start, stop))
+        first, last = (len(batches) * index // shares for index in (share, share + 1))
+        parts = [ask(positions) for positions in batches[first:last]]
         return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=bool)
 
     def _bounds(self, count: int, shard: int | None) -> tuple[int, int]:

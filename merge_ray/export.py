@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_ray.checkpoints import write_huggingface, write_open_clip, write_safetensors
+import numpy as np
+import torch
+import yaml
+
+from merge_ray.bank import ModelBank
+from merge_ray.checkpoints import fingerprint_file, write_huggingface, write_open_clip, write_safetensors
 from merge_ray.errors import LedgerError, choose_from
 from merge_ray.leaderboard import rank, read_rows
-from merge_ray.methods.base import MergeInputs, make_method
+from merge_ray.methods.base import Merged, MergeInputs, Method, make_method
+from merge_ray.methods.per_sample import TaskWeights
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
 from merge_ray.spec import SweepSpec
@@ -22,8 +30,9 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
     """Merge again what a sweep found best and write it below ``output``; returns the paths written.
 
     study: whose confirmed merge; None for the highest-ranked. A method with weights per task gives one model a
-    task, named by the task; else there is one, named ``merged``. Raises :class:`LedgerError` for an unknown study
-    and :class:`merge_ray.errors.CheckpointError` when the models changed since the sweep.
+    task, named by the task; else there is one, named ``merged``. One with weights per sample has no weights to write:
+    it gives what makes them, see :func:`_write_by_sample`. Raises :class:`LedgerError` for an unknown study, for
+    a format that there is not, and when the models changed since the sweep.
     """
     if format not in FORMATS:
         raise LedgerError(f"--format {format}: {choose_from(format, FORMATS)}")
@@ -33,20 +42,25 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
     if bank.fingerprint != row["bank_fingerprint"]:
         raise LedgerError(f"the models of {results / 'sweep.yaml'} have changed since the sweep; nothing was written")
     method = make_method(row["method"], json.loads(row["resolved"]))
-    with progress.step("merge"):
-        inputs = MergeInputs(bank, seed=int(row["seed"]), needs=method.needs)
-        merged = method.merge(inputs)
     metadata: dict[str, str] = {
         "method": row["method"],
         "parameters": row["resolved"],
         "sweep": spec.name,
         "identity": row["identity"],
         "bank_fingerprint": bank.fingerprint,
-        "base": spec.models.base,
-        "finetuned": json.dumps({task: spec.models.finetuned_location(task) for task in spec.task_names}),
         "versions": row["versions"],
     }
     output.mkdir(parents=True, exist_ok=True)
+    if method.by_sample:
+        if format != FORMATS[0]:
+            raise LedgerError(f"--format {format}: {method.name} makes weights for every sample, so that there is no "
+                              "model to write; leave --format out for the mapping and a spec that runs it")  # fmt: skip
+        return _write_by_sample(spec, row, method, results, output, metadata)
+    finetuned = {task: spec.models.finetuned_location(task) for task in spec.task_names}
+    metadata |= {"base": spec.models.base, "finetuned": json.dumps(finetuned)}
+    with progress.step("merge"):
+        inputs = MergeInputs(bank, seed=int(row["seed"]), needs=method.needs)
+        merged = _saved_weights(method, bank, results, row) or method.merge(inputs)
     family = spec.models.open_family()
     paths = []
     for name, task in (
@@ -64,6 +78,48 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
             path = output / f"{name}.safetensors"
             write_safetensors(path, state, metadata)
         paths.append(path)
+    return paths
+
+
+def _saved_weights(method: Method, bank: ModelBank, results: Path, row: Mapping[str, Any]) -> Merged | None:
+    """The merge by every task's coefficients that the row keeps, where it does: they were found on samples."""
+    for kept in row["artifacts"]:
+        with np.load(results / kept) as file:
+            found = {task: file[name] for task in bank.tasks if (name := f"coefficients/{task}") in file.files}
+        if len(found) == len(bank.tasks):
+            return TaskWeights(method, bank, {task: torch.from_numpy(array) for task, array in found.items()})
+    return None
+
+
+def _write_by_sample(
+    spec: SweepSpec, row: Mapping[str, Any], method: Method, results: Path, output: Path, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write what makes the weights of every sample beside the models.
+
+    ``merge.json`` says how they are made and from which models (location and SHA-256), ``mapping.npz`` is what was
+    learned, where something was, and ``sweep.yaml`` a spec that answers samples with them: it needs the models in
+    their places, and learns nothing.
+    """
+    parameters = method.parameters()
+    paths = []
+    for kept in row["artifacts"]:
+        paths.append(output / "mapping.npz")
+        shutil.copyfile(results / kept, paths[0])
+        parameters |= {"mapping": str(paths[0].resolve()), "steps": 0}
+    locations = {"base": spec.models.base} | {
+        f"finetuned/{task}": spec.models.finetuned_location(task) for task in spec.task_names
+    }
+    sources = {name: {"location": place, "sha256": fingerprint_file(place)} for name, place in locations.items()}
+    about = {**metadata, "parameters": parameters, "sources": sources}
+    study = {"method": method.name, "parameters": parameters, "searcher": "grid", "space": {}}
+    raw = json.loads(spec.model_dump_json()) | {
+        "name": f"{spec.name}-{row['study']}",
+        "studies": {row["study"]: study},
+    }
+    texts = {"merge.json": json.dumps(about, indent=2) + "\n", "sweep.yaml": yaml.safe_dump(raw, sort_keys=False)}
+    for name, text in texts.items():
+        paths.append(output / name)
+        paths[-1].write_text(text, encoding="utf-8")
     return paths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,8 @@ class EvaluationSpec(Strict):
     batch_size: int = Field(128, ge=1)
     shards: int = Field(4, ge=1)
     """Validation data are scored in this many shards of a fixed random order; schedulers act between them."""
+    learning_reports: int = Field(5, ge=1)
+    """A method that learns reports its score on the first shard after each of so many equal parts of its steps."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples a task; the test split is always scored whole."""
     transductive: bool = False
@@ -221,6 +224,8 @@ class SweepSpec(Strict):
     seed: int = 0
     models: ModelsSpec
     tasks: list[TaskSpec]
+    pairs: Literal["all"] | list[tuple[str, str]] | None = None
+    """Merge the models of two tasks at a time, all pairs or those listed, in place of the models of all tasks."""
     evaluation: EvaluationSpec = EvaluationSpec()
     studies: dict[str, StudySpec]
     hosts: HostsSpec = HostsSpec()
@@ -238,6 +243,10 @@ class SweepSpec(Strict):
             problems.append("tasks: at least one task is needed")
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"tasks: named twice: {', '.join(doubled)}")
+        if unknown := sorted({task for pair in self.task_pairs for task in pair} - set(names)):
+            problems.append(f"pairs: {unknown[0]!r} is no task; {choose_from(unknown[0], names)}")
+        if self.pairs is not None and not all(len(set(pair)) == 2 for pair in self.task_pairs or [()]):
+            problems.append("pairs: each names two different tasks, and there must be one at least")
         if not self.studies:
             problems.append("studies: at least one study is needed")
         for field in ("finetuned", "heads"):
@@ -263,6 +272,14 @@ class SweepSpec(Strict):
     def task_names(self) -> list[str]:
         """The tasks' names in the spec's order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def task_pairs(self) -> list[tuple[str, ...]]:
+        """The pairs of tasks whose models are merged, each sorted; one empty pair where all models are."""
+        if self.pairs is None:
+            return [()]
+        pairs = combinations(self.task_names, 2) if self.pairs == "all" else self.pairs
+        return sorted({tuple(sorted(pair)) for pair in pairs})
 
     @property
     def directory(self) -> Path:

@@ -17,6 +17,7 @@ from merge_ray.spec import SweepSpec
 from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
 
 Spec = TypeVar("Spec", bound=BaseModel)
+PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
 def load_sweeps(path: Path | str, overrides: Sequence[str] = ()) -> list[SweepSpec]:
@@ -130,7 +131,17 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raw = raw[key]
         if not isinstance(raw, dict):
             raise SpecError(f"--set {text}: {key!r} holds a value, not a mapping")
-    raw[last] = yaml.safe_load(value)
+    raw[last] = parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """A value from a command line, as YAML; text that is not, or that begins with a ``{placeholder}``, is itself."""
+    if PLACEHOLDER.match(text):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) -> Spec:

@@ -103,12 +103,13 @@ class Study:
         space, start = self.spec.search_space(), self.template.parameters
         self._proposer = make_proposer(self.spec.searcher, space, self.tasks, self.template.seed, start, learnt)
         # What earlier runs of the same command spent counts, so that a restart adds no budget.
-        rows = [row for row in self.known.values() if row["study"] == self.spec.name]
+        own = self.spec.name, list(self.template.pair)
+        rows = [row for row in self.known.values() if (row["study"], list(row["pair"])) == own]
         self._begun = time.monotonic() - sum(row["seconds_total"] or 0.0 for row in rows)
         return True
 
     def _candidate(self, proposal: Mapping[str, Any]) -> Candidate:
-        proposed = replace(self.template, parameters={**self.spec.parameters, **proposal})
+        proposed = replace(self.template, parameters={**self.template.parameters, **proposal})
         return replace(self.template, parameters=proposed.make().parameters())
 
     def _answer(self, candidate: Candidate) -> Outcome | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
-from merge_ray.cluster.learning import REPORTS, learn_all
+from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
@@ -90,15 +91,18 @@ class _Sweep:
     def search(self, references: Mapping[str, Mapping[str, float]]) -> None:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
-        shards, distance = self.spec.evaluation.shards, 2 * len(self.pool.hosts)
-        for name, spec in self.spec.studies.items():
-            template = self._candidate(name, spec.method, "val", spec.parameters)
-            reports = shards + (REPORTS if template.make().steps_to_learn else 0)
-            earlier = [study for study in studies if study.spec.method == spec.method]
-            studies.append(Study(spec, template, self.spec.task_names, reports, self.rows, distance, earlier))
-        with self.progress.bars({study.spec.name: study.spec.trials for study in studies}) as update:
+        evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
+        for (name, spec), pair in product(self.spec.studies.items(), self.spec.task_pairs):
+            template = self._candidate(name, spec.method, "val", _of_pair(spec.parameters, pair), pair)
+            reports = evaluation.shards + (evaluation.learning_reports if template.make().steps_to_learn else 0)
+            earlier = [item for item in studies if (item.spec.method, item.template.pair) == (spec.method, pair)]
+            tasks = pair or self.spec.task_names
+            studies.append(Study(spec, template, tasks, reports, self.rows, distance, earlier))
+        pairs = len(self.spec.task_pairs)
+        totals = {name: spec.trials and spec.trials * pairs for name, spec in self.spec.studies.items()}
+        with self.progress.bars(totals) as update:
             show = partial(_show_studies, studies, update)
-            run_studies(studies, self.pool, self.ledger, references["val"], shards, self.spec.directory, show)
+            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, self.spec.directory, show)
         self._share_rows(studies)
 
     def _share_rows(self, studies: Sequence[Study]) -> None:
@@ -125,13 +129,16 @@ class _Sweep:
         """
         looks = "unlabeled" in find_method(row["method"]).needs
         parameters = json.loads(row["parameters" if looks else "resolved"])
-        return self._candidate(row["study"], row["method"], "test", parameters)
+        return self._candidate(row["study"], row["method"], "test", parameters, tuple(row["pair"]))
 
     def _learn(self, candidate: Candidate, host: Any) -> ray.ObjectRef | None:
         """What a candidate learns on the host, as far as that is not saved from its search; None if it does not."""
         steps = candidate.make().steps_to_learn
-        seen = candidate if self.spec.evaluation.transductive else candidate.on("val")
-        return learn_all.remote(host, self.ledger, seen, steps) if steps else None
+        return learn_all.remote(host, self.ledger, self._learner(candidate), steps) if steps else None
+
+    def _learner(self, candidate: Candidate) -> Candidate:
+        """The candidate on the split that it learns on."""
+        return candidate if self.spec.evaluation.transductive else candidate.on("val")
 
     def _score(
         self,
@@ -148,7 +155,7 @@ class _Sweep:
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
                 if keep_artifacts and (arrays := ray.get(ask_artifacts())):
-                    row["artifacts"] = [keep(self.ledger, candidate, arrays)]
+                    row["artifacts"] = [keep(self.ledger, candidate, arrays, self._learner(candidate))]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 
@@ -162,16 +169,37 @@ class _Sweep:
             raise DataError(f"the fine-tuned models of {zeros} score 0 on {candidate.split}: do head and labels fit?")
         return scores
 
-    def _candidate(self, study: str, method: str, split: str, parameters: Mapping[str, Any] | None = None) -> Candidate:
+    def _candidate(
+        self,
+        study: str,
+        method: str,
+        split: str,
+        parameters: Mapping[str, Any] | None = None,
+        pair: tuple[str, ...] = (),
+    ) -> Candidate:
         made = make_method(method, parameters or {})
-        return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints)
+        return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
+
+
+def _of_pair(parameters: Mapping[str, Any], pair: tuple[str, ...]) -> dict[str, Any]:
+    """A study's fixed parameters, those with a value per task cut to the pair's."""
+    if not pair:
+        return dict(parameters)
+    return {
+        name: {task: value[task] for task in pair} if isinstance(value, Mapping) else value
+        for name, value in parameters.items()
+    }
 
 
 def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None:
-    for study in studies:
-        best, done = study.best_value, len(study.outcomes)
-        note = "" if best is None else f"best {best:.4f}"
-        update(study.spec.name, done, done if study.finished else study.spec.trials, note, study.finished)
+    """One bar for each study of the spec, over its pairs."""
+    for name, each in groupby(studies, lambda study: study.spec.name):
+        parts = list(each)
+        best = [part.best_value for part in parts if part.best_value is not None]
+        done, finished = sum(len(part.outcomes) for part in parts), all(part.finished for part in parts)
+        trials = parts[0].spec.trials
+        note = f"best {np.mean(best):.4f}" if best else ""
+        update(name, done, done if finished else trials and trials * len(parts), note, finished)
 
 
 @contextmanager
@@ -227,8 +255,9 @@ def _fingerprints(
 ) -> Fingerprints:
     head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
     hashed_heads = fingerprint_of(head_parts)
-    # What is off is left out, so that ledgers from before it existed stay valid.
-    left_out = {"batch_size"} | (set() if spec.evaluation.transductive else {"transductive"})
+    # What is as it always was is left out, so that ledgers from before it existed stay valid.
+    new = {"transductive": False, "learning_reports": 5}
+    left_out = {"batch_size"} | {name for name, off in new.items() if getattr(spec.evaluation, name) == off}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     return Fingerprints(
         bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)

@@ -52,6 +52,14 @@ def test_any_tensors_are_written(name: str, tmp_path: Path) -> None:
     assert shared.requires_grad
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_umask_decides_who_may_read(name: str, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = WRITERS[name](tmp_path / name, {"a": torch.zeros(3)})
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_view_is_written_without_what_it_views(tmp_path: Path) -> None:
     path = write_open_clip(tmp_path / "model.pt", {"a": torch.zeros(1_000_000)[:10]})
     assert path.stat().st_size < 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -23,17 +24,19 @@ import torch
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.checkpoints import read_weights
+from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.tuning import run_studies
+from merge_ray.errors import LedgerError
 from merge_ray.export import export_merge
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
-from merge_ray.spec import StudySpec
+from merge_ray.spec import EvaluationSpec, StudySpec
 from merge_ray.spec_files import load_sweeps
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -104,6 +107,141 @@ def test_what_was_learned_is_kept_and_gives_the_confirmed_weights(
             if granularity == "layer":
                 assert tuple(file["layers"]) == bank.layout.names
     assert "Learned coefficients" in write_report(finished).read_text()
+
+
+MAPPING = {"method": "dict_fusion", "searcher": "grid", "space": {}}
+LEARNING = {"feature_extractor": "base", "granularity": "layer", "learning_rate": 0.01, "batch_size": 4}
+REPORTED = {"batch_size": 16, "shards": 2, "learning_reports": 3}
+
+
+@pytest.fixture(scope="module")
+def mapped(world: Path, ray_cluster: dict[str, Any]) -> Path:
+    studies = {
+        "mapping": {**MAPPING, "parameters": {**LEARNING, "steps": 60}},
+        "coefficients": {**ADAMERGING, "parameters": {"steps": 60, "batch_size": 4}},
+        "by_task": {"method": "dawin", "parameters": {"level": "task"}, "searcher": "grid", "space": {}},
+    }
+    return sweep(world, name="mapped", studies=studies, evaluation=REPORTED)
+
+
+def scores(directory: Path) -> dict[tuple[str, str], Any]:
+    """By study and split, each task's score and which of its samples are right."""
+    rows = read_rows(directory).to_dict("records")
+    return {(row["study"], row["split"]): [(task["value"], task["correct"]) for task in row["tasks"]] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def exported(mapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    paths = export_merge(mapped, "mapping", folder, "safetensors", Progress())
+    assert [path.name for path in paths] == ["mapping.npz", "merge.json", "sweep.yaml"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, mapped: Path, exported: Path) -> Path:
+    """A sweep on one host of what was saved in another, and of as many steps."""
+    steps = {name: str(mapped / "artifacts" / name / "step-40.safetensors") for name in ("mapping", "coefficients")}
+    [spec] = load_sweeps(exported / "sweep.yaml")
+    studies = {
+        "mapping": {**MAPPING, "parameters": {**LEARNING, "steps": 60}},
+        "exported": {**MAPPING, "parameters": spec.studies["mapping"].parameters},
+        "mapping_alone": {**MAPPING, "parameters": {**LEARNING, "steps": 0, "mapping": steps["mapping"]}},
+        "mapping_short": {**MAPPING, "parameters": {**LEARNING, "steps": 40}},
+        "coefficients_alone": {**ADAMERGING, "parameters": {"coefficients": steps["coefficients"]}},
+        "coefficients_short": {**ADAMERGING, "parameters": {"steps": 40, "batch_size": 4}},
+    }
+    return sweep(world, name="alone", studies=studies, evaluation=REPORTED, hosts={"count": 1, "threads": 1})
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    with np.load(path) as file:
+        return {name: file[name].tolist() for name in file.files}
+
+
+def test_every_saved_step_is_kept_and_evaluated_alone(mapped: Path, alone: Path) -> None:
+    found = scores(alone)
+    for study in ("mapping", "coefficients"):
+        saved = {path.name for path in (mapped / "artifacts" / study).iterdir()}
+        assert saved == {f"step-{step}{suffix}" for step in (20, 40, 60) for suffix in (".json", ".safetensors")}
+        about = json.loads((mapped / "artifacts" / study / "step-40.json").read_text())
+        [row] = [row for row in read_rows(mapped).to_dict("records") if (row["study"], row["split"]) == (study, "val")]
+        assert (about["step"], about["loss"]) == (40, row["losses"][1])
+        for split in ("val", "test"):
+            assert found[f"{study}_alone", split] == found[f"{study}_short", split]
+        one, other = (arrays(alone / "artifacts" / f"{study}_{name}.npz") for name in ("alone", "short"))
+        for part in (one, other):
+            part.pop("mapping/about", None)
+        assert one == other
+        assert one != {
+            name: value for name, value in arrays(mapped / "artifacts" / f"{study}.npz").items() if name in one
+        }
+
+
+def test_the_curve_of_learning_is_in_the_ledger_and_the_report(mapped: Path) -> None:
+    rows = read_rows(mapped)
+    for row in rows[(rows["split"] == "val") & rows["study"].isin(["mapping", "coefficients"])].to_dict("records"):
+        assert row["steps"].tolist() == [20, 40, 60]
+        assert len(row["losses"]) == 3 and len(row["curve"]) == 3 + 2
+    assert write_report(mapped).read_text().count("Learning of the best candidate") == 2
+
+
+def test_hosts_share_the_samples_of_a_candidate_and_find_the_same(mapped: Path, alone: Path) -> None:
+    found, expected = scores(alone), scores(mapped)
+    for split in ("val", "test"):
+        assert found["mapping", split] == expected["mapping", split] == found["exported", split]
+
+
+def test_a_merge_by_sample_is_exported_as_what_makes_it(mapped: Path, exported: Path) -> None:
+    about = json.loads((exported / "merge.json").read_text())
+    assert about["parameters"]["mapping"] == str(exported / "mapping.npz") and about["parameters"]["steps"] == 0
+    base = Path(about["sources"]["base"]["location"])
+    assert about["sources"]["base"]["sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    assert set(about["sources"]) == {"base", *(f"finetuned/{task}" for task in tiny.TASKS)}
+    with pytest.raises(LedgerError, match=r"--format huggingface: dict_fusion makes weights for every sample"):
+        export_merge(mapped, "mapping", exported, "huggingface", Progress())
+
+
+def test_coefficients_found_for_tasks_are_exported_as_models(mapped: Path, bank: ModelBank, tmp_path: Path) -> None:
+    paths = export_merge(mapped, "by_task", tmp_path, "safetensors", Progress())
+    assert [path.stem for path in paths] == list(bank.tasks)
+    with np.load(mapped / "artifacts" / "by_task.npz") as file:
+        expected = bank.base + torch.from_numpy(file["coefficients/bees"]) @ bank.task_vectors
+    torch.testing.assert_close(bank.layout.flatten(read_weights(paths[1])), expected)
+
+
+@ray.remote
+class Sharer:
+    """A host that says which shares it was asked for, and fails on one candidate's."""
+
+    def outcomes(self, candidate: Candidate, learned: None, share: int, shares: int) -> dict[str, Any]:
+        if candidate.parameters["scaling_coefficient"] == 0.5:
+            raise FloatingPointError("the merged model's logits are not finite")
+        return {"share": (share, shares)}
+
+    def score(self, candidate: Candidate, shard: None, references: None, learned: None, *shares: Any) -> dict[str, Any]:
+        return {"shares": [part["share"] for part in shares]}
+
+    def artifacts(self) -> None:
+        """Only asked for by who wants them."""
+
+
+def test_idle_hosts_take_their_share_of_the_last_candidates(ray_cluster: dict[str, Any]) -> None:
+    fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
+
+    def ask(*coefficients: float) -> list[Any]:
+        methods = [make_method("task_arithmetic", {"scaling_coefficient": value}) for value in coefficients]
+        asked = [Candidate.of("sweep", "study", method, 0, "test", fingerprints) for method in methods]
+        pool = HostPool([Sharer.remote() for _ in range(5)], [])  # type: ignore[attr-defined]
+        try:
+            return [report for _, report, _ in pool.score_all(asked, None, lambda candidate, host: None)]
+        finally:
+            pool.close()
+
+    assert ask(0.1) == [{"shares": [(share, 5) for share in range(5)]}]
+    assert sorted(len(report["shares"]) for report in ask(0.1, 0.2)) == [2, 3]
+    [failed] = ask(0.5)
+    assert cause(failed) == "FloatingPointError: the merged model's logits are not finite"
 
 
 def command(spec: Path) -> subprocess.Popen[bytes]:
@@ -178,7 +316,7 @@ def test_losers_are_stopped_while_they_learn_and_a_loss_without_a_number_fails_i
     pool = HostPool([StandIn.remote()], [])  # type: ignore[attr-defined]
     ledger = start_results_actor(tmp_path, f"{tmp_path.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, 2, tmp_path, lambda: None)
+        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=2), tmp_path, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -1,5 +1,6 @@
 """A spec says all its mistakes at once, each with its place, the value, the valid set and the nearest match."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,17 @@ def test_overrides_replace_values(tmp_path: Path) -> None:
     assert (spec.name, spec.studies["ties"].trials, spec.evaluation.shards) == ("other", 3, 2)
 
 
+@pytest.mark.parametrize("location", ["{task}.pt", "{task}", "models/{task}.pt", "[{task}].pt", "a: b: {task}"])
+def test_an_override_may_hold_placeholders(tmp_path: Path, location: str) -> None:
+    [spec] = load(tmp_path, [f"models.finetuned={location}"])
+    assert spec.models.finetuned_location("digits") == location.replace("{task}", "digits")
+
+
+def test_an_override_may_be_a_mapping(tmp_path: Path) -> None:
+    [spec] = load(tmp_path, ["evaluation={shards: 2, batch_size: 3}", 'task_defaults={parquet: "{task}/{split}"}'])
+    assert (spec.evaluation.shards, spec.evaluation.batch_size) == (2, 3)
+
+
 def test_an_override_without_a_value_is_told_so(tmp_path: Path) -> None:
     assert "--set name: write key.inner=value" in mistakes(tmp_path, ["name"])
 
@@ -154,6 +166,16 @@ def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
     assert [(task.parquet, task.val_size) for task in spec.tasks] == [
         ("data/one/{split}.parquet", 5),
         ("data/two/{split}.parquet", 7),
+    ]
+
+
+def test_saved_steps_are_searched_as_the_results_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "results" / "README.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    [spec] = load(tmp_path, **yaml.safe_load(example))
+    assert [Path(value).stem for value in spec.studies["steps"].search_space()["mapping"].grid()] == [
+        "step-50",
+        "step-100",
     ]
 
 

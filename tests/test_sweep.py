@@ -24,7 +24,7 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import StudySpec, SweepSpec
+from merge_ray.spec import EvaluationSpec, StudySpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -177,6 +177,31 @@ def test_asha_stops_losers_and_says_so(world: Path, ray_cluster: dict[str, Any])
     assert ledger_files(directory) == kept
 
 
+def test_a_sweep_over_pairs_merges_two_models_at_a_time(world: Path, ray_cluster: dict[str, Any]) -> None:
+    studies = {
+        "task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.2, 0.5]}},
+        "mean": {"method": "task_arithmetic", "parameters": {"scaling_coefficient": {"ants": 1, "bees": 0, "cats": 0}}},
+    }
+    directory = sweep(world, name="pairs", pairs="all", studies={**studies, "mean": {**studies["mean"], "space": {}}})
+    rows = read_rows(directory)
+    tried = rows[(rows["study"] == "task_arithmetic") & (rows["split"] == "val")]
+    pairs = [("ants", "bees"), ("ants", "cats"), ("bees", "cats")]
+    assert sorted(tuple(pair) for pair in tried["pair"]) == sorted([*pairs, *pairs])
+    for _, row in tried.iterrows():
+        assert {score["task"] for score in row["tasks"]} == set(row["pair"])
+    [own] = rows[(rows["method"] == "finetuned") & (rows["split"] == "test")]["tasks"]
+    reference = {score["task"]: score["value"] for score in own}
+    [merged] = rows[(rows["study"] == "mean") & (rows["split"] == "test") & (rows["pair"].map(tuple) == pairs[0])][
+        "tasks"
+    ]
+    assert {score["task"]: score["value"] for score in merged}["ants"] == reference["ants"]
+    each, table = rank(rows, by_pair=True), rank(rows)
+    line = table[table["study"] == "task_arithmetic"].iloc[0]
+    scores = each.loc[each["study"] == "task_arithmetic", "score"]
+    assert len(scores) == 3 and line["pairs"] == "3 pairs" and line["score"] == pytest.approx(scores.mean())
+    assert len(pd.read_parquet(directory / "pairs.parquet")) == len(each)
+
+
 def test_another_sweep_of_the_same_name_is_refused(world: Path, finished: Path) -> None:
     with pytest.raises(LedgerError, match="holds a sweep over other data; choose another name"):
         sweep(world, tasks=[{"name": name, "val_size": 20} for name in tiny.TASKS])
@@ -235,7 +260,7 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     pool = HostPool([host], [])
     ledger = start_results_actor(directory, f"{directory.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, 1, directory, lambda: None)
+        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=1), directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -158,7 +158,11 @@ def _replacing(
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        # safetensors puts a file that only its owner may read in the place of this one.
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)

@@ -68,10 +68,10 @@ class ModelHost:
             setup.evaluation.shards,
         )
         self.cache = MergeCache(self.bank.base.nbytes)
-        self.candidate = ""
+        self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
-        self.outcomes: list[dict[str, np.ndarray]] = []
+        self.shards: list[dict[str, np.ndarray]] = []
         self._forget()
 
     def _load(self, family: Family, split: str) -> dict[str, TaskData]:
@@ -89,8 +89,11 @@ class ModelHost:
         learner = self._learner(candidate, learned)
         loss = learner.advance(steps)
         self.merged = None
+        artifacts = learner.merged().artifacts()
         seconds = learned.seconds + time.perf_counter() - started
-        return replace(learned, step=learner.step, state=learner.state(), loss=loss, seconds=seconds)
+        return replace(
+            learned, step=learner.step, state=learner.state(), artifacts=artifacts, loss=loss, seconds=seconds
+        )
 
     def score(
         self,
@@ -98,24 +101,22 @@ class ModelHost:
         shard: int | None,
         references: Mapping[str, float] | None,
         learned: Learned | None = None,
+        *shares: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
-        """Score a candidate through ``shard`` (whole, without one) and report the ledger's columns so far.
+        """Score a candidate through ``shard``, or by all the ``shares`` of its samples; gives the ledger's columns.
 
         references: the fine-tuned models' scores that normalised scores divide by, or None while they are
-        being found out. learned: what a candidate that learns has learned.
+        being found out. learned: what a candidate that learns has learned. shares: the hosts' :meth:`outcomes`.
         """
         merged = self._merge(candidate, learned)
-        started = time.perf_counter()
-        if shard is None:
-            outcomes = self.evaluator.outcomes(merged, candidate.split)
-        else:
-            while len(self.outcomes) <= shard:
-                self.outcomes.append(self.evaluator.outcomes(merged, candidate.split, len(self.outcomes)))
-            parts = self.outcomes[: shard + 1]
-            outcomes = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
-        self.seconds_evaluate += time.perf_counter() - started
+        parts: Sequence[Mapping[str, np.ndarray]] = shares
+        if shard is not None:
+            while len(self.shards) <= shard:
+                self.shards.append(self._outcomes(merged, candidate.split, len(self.shards)))
+            parts = self.shards[: shard + 1]
+        outcomes = {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
         return {
-            **self.evaluator.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
+            **self.asked.summarize(outcomes, candidate.split, references, self.setup.evaluation.objective),
             "resolved": canonical_json(merged.resolved.parameters()),
             "notes": list(merged.notes),
             "transductive": candidate.split == "test" and self.seen == "test" and "unlabeled" in self.inputs.used,
@@ -123,10 +124,20 @@ class ModelHost:
             "seconds_evaluate": self.seconds_evaluate,
             "peak_memory_bytes": self._peak_memory(),
             "storage_bytes": merged.storage_bytes(),
-            "storage_ratio": merged.storage_bytes() / self.bank.finetuned_bytes,
+            "storage_ratio": merged.storage_bytes() / self.inputs.bank.finetuned_bytes,
             "device": _device_name(self.device),
             "host": socket.gethostname(),
         }
+
+    def outcomes(self, candidate: Candidate, learned: Learned | None, share: int, shares: int) -> dict[str, np.ndarray]:
+        """What is kept of the answers to one of so many equal ``shares`` of every task's samples."""
+        return self._outcomes(self._merge(candidate, learned), candidate.split, None, share, shares)
+
+    def _outcomes(self, merged: Merged, *what: Any) -> dict[str, np.ndarray]:
+        started = time.perf_counter()
+        outcomes = self.asked.outcomes(merged, *what)
+        self.seconds_evaluate += time.perf_counter() - started
+        return outcomes
 
     def artifacts(self, candidate: Candidate, learned: Learned | None = None) -> dict[str, np.ndarray]:
         """What the candidate's merge leaves worth keeping."""
@@ -150,7 +161,7 @@ class ModelHost:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
-        self.merged, self.outcomes = merged, []
+        self.merged, self.shards = merged, []
         return merged
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
@@ -176,14 +187,15 @@ class ModelHost:
         method = candidate.make()
         # What a method may see is validation data, also of a candidate that is scored on the test split.
         self.seen = candidate.split if self.setup.evaluation.transductive else "val"
+        self.asked = self.evaluator.of(candidate.pair) if candidate.pair else self.evaluator
         self.inputs = MergeInputs(
-            self.bank,
+            self.bank.of(candidate.pair) if candidate.pair else self.bank,
             seed=candidate.seed,
             out=self.evaluator.skeleton.flat,
             cache=self.cache,
             resources={
-                "validation": self.evaluator.score,
-                "unlabeled": UnlabeledSamples(self.evaluator.models[self.seen]),
+                "validation": self.asked.score,
+                "unlabeled": UnlabeledSamples(self.asked.models[self.seen]),
             },
             needs=method.needs,
         )
@@ -194,7 +206,7 @@ class ModelHost:
         self.candidate = ""
         self.merged = None
         self.learner = None
-        self.outcomes = []
+        self.shards = []
         self.seconds_merge = self.seconds_evaluate = 0.0
 
     def _reset_peak_memory(self) -> None:

@@ -10,9 +10,6 @@ from merge_ray.candidate import Candidate
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import load_learned, save_learned
 
-REPORTS = 5
-"""A method that learns reports its objective after each of this many equal parts of its steps, before the shards."""
-
 SAVE_EVERY = 50
 """The most steps that a kill can lose."""
 

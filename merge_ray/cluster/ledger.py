@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +54,29 @@ class ResultsActor:
     def _write_row(self, name: str, table: pa.Table) -> None:
         write_durably(self.directory / "trials" / f"{name}.parquet", lambda file: pq.write_table(table, file))
 
-    def keep(self, identity: str, study: str, arrays: Mapping[str, np.ndarray]) -> str:
+    def keep(self, identity: str, study: str, arrays: Mapping[str, np.ndarray], learner: str) -> str:
         """Save the artifacts of a study's best candidate; returns their path within the results.
 
-        It is ``artifacts/<identity>.npz``; ``artifacts/<study>.npz`` is a copy, for other sweeps to name.
+        It is ``artifacts/<identity>.npz``; ``artifacts/<study>.npz`` is a copy, for other sweeps to name. The steps
+        saved while the candidate ``learner`` learned become ``artifacts/<study>/``.
         """
         path = self.directory / "artifacts" / f"{identity}.npz"
         for copy in (path, path.with_name(f"{study}.npz")):
             write_durably(copy, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        if (steps := self._steps(learner)).exists():
+            kept = path.with_name(study)
+            shutil.rmtree(kept, ignore_errors=True)
+            steps.rename(kept)
         return str(path.relative_to(self.directory))
 
     def save_learned(self, identity: str, learned: Learned) -> None:
-        """Put what a candidate has learned so far in the place of what is saved of it."""
-        write_durably(self._learned(identity), lambda file: file.write(learned.to_bytes()))
+        """Save what a candidate has learned so far: to go on from, in the place of what was, and its artifacts."""
+        if learned.artifacts:
+            steps = self._steps(identity)
+            steps.mkdir(exist_ok=True)
+            for suffix, content in learned.step_files().items():
+                write_durably(steps / f"step-{learned.step}{suffix}", methodcaller("write", content))
+        write_durably(self._learned(identity), methodcaller("write", learned.to_bytes()))
 
     def load_learned(self, identity: str) -> Learned:
         """What a candidate has learned as far as it is saved."""
@@ -72,12 +84,18 @@ class ResultsActor:
 
     def forget_learned(self, identity: str | None = None) -> None:
         """Remove what a candidate has learned, or all of them: they have their rows."""
-        chosen = (self.directory / "learning").iterdir() if identity is None else [self._learned(identity)]
-        for path in chosen:
-            path.unlink(missing_ok=True)
+        learning = self.directory / "learning"
+        for path in learning.iterdir() if identity is None else [self._learned(identity), self._steps(identity)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _learned(self, identity: str) -> Path:
         return self.directory / "learning" / f"{identity}.safetensors"
+
+    def _steps(self, identity: str) -> Path:
+        return self.directory / "learning" / identity
 
     def process_id(self) -> int:
         """The operating system's number of this actor's process."""
@@ -101,9 +119,9 @@ def share(ledger: Any, candidate: Candidate, study: str) -> None:
     _answer(ledger.share.remote(candidate.identity, study))
 
 
-def keep(ledger: Any, candidate: Candidate, arrays: Mapping[str, np.ndarray]) -> str:
+def keep(ledger: Any, candidate: Candidate, arrays: Mapping[str, np.ndarray], learner: Candidate) -> str:
     """See :meth:`ResultsActor.keep`; raises :class:`LedgerError` if they cannot be written."""
-    path: str = _answer(ledger.keep.remote(candidate.identity, candidate.study, arrays))
+    path: str = _answer(ledger.keep.remote(candidate.identity, candidate.search, arrays, learner.identity))
     return path
 
 

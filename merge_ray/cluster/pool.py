@@ -90,6 +90,12 @@ class HostPool:
         """Give a lease of a host back."""
         self._leases[index] -= 1
 
+    def _lease_share(self, candidates: int) -> list[int]:
+        """Leases of one candidate's share of the hosts without one, where so many candidates wait."""
+        idle = self._leases.count(0)
+        share = min(idle, max(1, idle // candidates))
+        return [index for _ in range(share) if (index := self.lease()) is not None]
+
     def score_all(
         self,
         candidates: Sequence[Candidate],
@@ -98,26 +104,30 @@ class HostPool:
     ) -> Iterator[tuple[Candidate, dict[str, Any] | Exception, Callable[[], ray.ObjectRef]]]:
         """Score whole candidates side by side; yields each with its report or its error, and a call for its artifacts.
 
+        Hosts that would be idle share the samples of one candidate; each of them merges it.
+
         references: ``{split: {task: score}}`` of the fine-tuned models, or None while they are being scored.
         learn: ``learn(candidate, host)`` gives what the candidate has learned, None where it does not learn.
         """
         waiting = list(candidates)
-        running: dict[ray.ObjectRef, tuple[Candidate, int, ray.ObjectRef | None]] = {}
+        running: dict[ray.ObjectRef, tuple[Candidate, list[int], ray.ObjectRef | None]] = {}
         while waiting or running:
-            while waiting and (index := self.lease()) is not None:
-                candidate, host = waiting.pop(0), self.hosts[index]
+            while waiting and (leased := self._lease_share(len(waiting))):
+                candidate, hosts = waiting.pop(0), [self.hosts[index] for index in leased]
                 scores = references[candidate.split] if references else None
-                learned = learn(candidate, host)
-                running[host.score.remote(candidate, None, scores, learned)] = (candidate, index, learned)
+                learned = learn(candidate, hosts[0])
+                shares = [host.outcomes.remote(candidate, learned, at, len(hosts)) for at, host in enumerate(hosts)]
+                running[hosts[0].score.remote(candidate, None, scores, learned, *shares)] = candidate, leased, learned
             done, _ = ray.wait(list(running), num_returns=1)
-            candidate, index, learned = running.pop(done[0])
-            artifacts = partial(self.hosts[index].artifacts.remote, candidate, learned)
+            candidate, leased, learned = running.pop(done[0])
+            artifacts = partial(self.hosts[leased[0]].artifacts.remote, candidate, learned)
             try:
                 yield candidate, ray.get(done[0]), artifacts
             except RayError as error:
                 yield candidate, error, artifacts
             finally:
-                self.release(index)
+                for index in leased:
+                    self.release(index)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from merge_ray.candidate import Candidate, ledger_row
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
-from merge_ray.cluster.learning import REPORTS, learn_until
+from merge_ray.cluster.learning import learn_until
 from merge_ray.cluster.ledger import forget_learned, load_learned, record
 from merge_ray.errors import LedgerError
 
@@ -26,10 +26,10 @@ class MergeTrainable(tune.Trainable):
     objective on the first shard, which compares candidates that have come as far. What is learned is saved with the
     ledger, and a trial that starts anew goes on from there.
 
-    config: ``study`` and the ``parameters`` of the method; ``steps`` to learn, 0 for most; ``host``, the index of the
-    leased host; ``cutoffs``, the objective that must be reached after a number of reports to go on. A candidate that
-    fails is a row, and a row that cannot be written is a result with the status ``unrecorded``; Tune sees an error
-    only when this process ends.
+    config: ``search``, the study and its pair, and the ``parameters`` of the method; ``steps`` to learn, 0 for most;
+    ``host``, the index of the leased host; ``cutoffs``, the objective that must be reached after a number of reports
+    to go on. A candidate that fails is a row, and a row that cannot be written is a result with the status
+    ``unrecorded``; Tune sees an error only when this process ends.
     """
 
     def setup(
@@ -40,21 +40,22 @@ class MergeTrainable(tune.Trainable):
         ledger: Any = None,
         references: dict[str, float] | None = None,
         shards: int = 1,
+        learning_reports: int = 5,
     ) -> None:
-        """Take what all trials share; a study's template is a candidate but for its parameters."""
+        """Take what all trials share; a search's template is a candidate but for its parameters."""
         assert templates is not None and hosts is not None
         self.templates, self.hosts, self.ledger = templates, hosts, ledger
-        self.references, self.shards = references, shards
+        self.references, self.shards, self.parts = references, shards, learning_reports
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start on another candidate: Tune reuses the process of a finished trial."""
-        self.candidate = replace(self.templates[new_config["study"]], parameters=new_config["parameters"])
+        self.candidate = replace(self.templates[new_config["search"]], parameters=new_config["parameters"])
         self.host = self.hosts[new_config["host"]]
         self.cutoffs = {int(reports): value for reports, value in new_config["cutoffs"].items()}
         self.steps = new_config["steps"]
         self.learned: Learned | None = load_learned(self.ledger, self.candidate) if self.steps else None
-        self.learning_reports = REPORTS if self.steps else 0
+        self.learning_reports = self.parts if self.steps else 0
         self.curve: list[float] = list(self.learned.curve) if self.learned else []
         # What was learned before this process began is part of the trial.
         self.started = time.perf_counter() - (self.learned.seconds if self.learned else 0.0)
@@ -81,21 +82,24 @@ class MergeTrainable(tune.Trainable):
     def _learn(self) -> dict[str, Any]:
         """Learn one more part, and report the objective on the first shard."""
         assert self.learned is not None
-        until = math.ceil(self.steps * (len(self.curve) + 1) / REPORTS)
+        until = math.ceil(self.steps * (len(self.curve) + 1) / self.learning_reports)
         learned = learn_until(self.host, self.ledger, self.candidate, self.learned, until)
         report = ray.get(self.host.score.remote(self.candidate, 0, self.references, learned))
         # The report is saved with the next steps, when it is clear that there are any: a trial that is cut off
         # between a report and what follows from it reports again.
         self.learned = learned.reported(report["objective"])
         self.curve.append(report["objective"])
-        return {**report, "losses": self.learned.losses, "loss": learned.loss, "learned_steps": learned.step}
+        return {**report, **self._learning(), "loss": learned.loss, "learned_steps": learned.step}
+
+    def _learning(self) -> dict[str, Any]:
+        """What the ledger keeps of the learning reports beside the curve."""
+        return {"losses": self.learned.losses, "steps": self.learned.steps} if self.learned else {}
 
     def _score_shard(self) -> dict[str, Any]:
         shard = len(self.curve) - self.learning_reports
-        losses = {"losses": self.learned.losses} if self.learned else {}
         report = ray.get(self.host.score.remote(self.candidate, shard, self.references, self.learned))
         self.curve.append(report["objective"])
-        return {**report, **losses}
+        return {**report, **self._learning()}
 
     def _finish(self, status: str, report: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started

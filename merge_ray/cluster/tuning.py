@@ -21,6 +21,7 @@ from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
 from merge_ray.errors import LedgerError
 from merge_ray.search import Outcome
+from merge_ray.spec import EvaluationSpec
 from merge_ray.study import Study, outcome_of
 
 TRIALS_PER_HOST = 2
@@ -70,7 +71,7 @@ class SweepSearcher(Searcher):
     def _configuration(self, trial_id: str, study: Study, candidate: Candidate, host: int) -> dict[str, Any]:
         self.trials[trial_id] = (study, candidate.identity, host)
         return {
-            "study": study.spec.name,
+            "search": candidate.search,
             "parameters": dict(candidate.parameters),
             "steps": candidate.make().steps_to_learn,
             "host": host,
@@ -97,7 +98,7 @@ class _TrialCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         # The trial's get_error() is still None here, but the file is written.
         text = Path(trial.error_file).read_text().strip() if trial.error_file else "the trial's process ended"
-        templates = {study.spec.name: study.template for study in self.studies}
+        templates = {study.template.search: study.template for study in self.studies}
         row = ledger_row(_candidate(templates, trial), "failed", error=text.splitlines()[-1])
         try:
             record(self.ledger, row)
@@ -117,25 +118,25 @@ def run_studies(
     pool: HostPool,
     ledger: Any,
     references: Mapping[str, float],
-    shards: int,
+    evaluation: EvaluationSpec,
     directory: Path,
     progress: Callable[[], None],
 ) -> None:
     """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
 
-    shards: how many parts validation data are scored in. directory: the sweep's results; Tune's own files,
-    TensorBoard's among them, go to its ``tune`` folder.
+    directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
     Raises :class:`merge_ray.errors.LedgerError` when rows can no longer be written.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger is the log; TensorBoard's is asked for
-    templates = {study.spec.name: study.template for study in studies}
+    templates = {study.template.search: study.template for study in studies}
     trainable = tune.with_parameters(
         MergeTrainable,
         templates=templates,
         hosts=pool.hosts,
         ledger=ledger,
         references=dict(references),
-        shards=shards,
+        shards=evaluation.shards,
+        learning_reports=evaluation.learning_reports,
     )
     callback = _TrialCallback(studies, ledger, progress)
     tuner = tune.Tuner(
@@ -146,7 +147,7 @@ def run_studies(
             max_concurrent_trials=TRIALS_PER_HOST * len(pool.hosts),
             reuse_actors=True,
             trial_name_creator=lambda trial: _candidate(templates, trial).label,
-            trial_dirname_creator=lambda trial: f"{trial.config['study']}-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"{trial.config['search']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -176,4 +177,4 @@ def _trial_resources(host: int, hosts: int) -> tune.PlacementGroupFactory:
 
 
 def _candidate(templates: Mapping[str, Candidate], trial: Trial) -> Candidate:
-    return replace(templates[trial.config["study"]], parameters=trial.config["parameters"])
+    return replace(templates[trial.config["search"]], parameters=trial.config["parameters"])

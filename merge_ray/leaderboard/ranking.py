@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,13 +17,17 @@ from merge_ray.leaderboard.significance import standard_error, within_noise
 REFERENCES = ("pretrained", "finetuned")
 """The methods that others are measured against; the leaderboard shows them without a rank."""
 
+SEARCH = ["sweep", "study", "pair"]
+"""The columns that tell one search from another."""
+
+_SUMS = ["candidates", "pruned", "failed", "seconds", "samples"]
 _COSTS = ("peak_memory_bytes", "seconds_evaluate", "seconds_merge", "seconds_total", "storage_bytes", "storage_ratio")
 _NO_OBJECTIVE = {"seed", "samples", "mean_standard_error", "normalized_standard_error"}
 
 _FRONT = [
-    "rank", "kind", "within_noise_of_best", "sweep", "study", "method", "ranked_by", "score", "score_standard_error",
-    "validation_score", "mean", "mean_standard_error", "normalized_mean", "normalized_standard_error", "worst_task",
-    "worst",
+    "rank", "kind", "within_noise_of_best", "sweep", "study", "method", "pairs", "ranked_by", "score",
+    "score_standard_error", "validation_score", "mean", "mean_standard_error", "normalized_mean",
+    "normalized_standard_error", "worst_task", "worst",
 ]  # fmt: skip
 _BACK = [
     "parameters", "resolved", "storage_bytes", "storage_ratio", "candidates", "pruned", "failed", "seconds",
@@ -52,12 +57,14 @@ def best_candidates(rows: pd.DataFrame, objective: str = "objective") -> pd.Data
     wide = widen(rows)
     _check_objective(wide, objective)
     scored = wide[(wide["split"] == "val") & (wide["status"] == "complete") & wide[objective].notna()]
-    best = _sorted_by(scored, objective, objective).groupby(["sweep", "study"], sort=True).head(1)
+    best = _sorted_by(scored, objective, objective).groupby(SEARCH, sort=True).head(1)
     return rows.loc[best.index]
 
 
-def rank(rows: pd.DataFrame, objective: str = "normalized_mean") -> pd.DataFrame:
+def rank(rows: pd.DataFrame, objective: str = "normalized_mean", by_pair: bool = False) -> pd.DataFrame:
     """The leaderboard: one row for every study's confirmed candidate and for the references, best first.
+
+    A study over pairs of models has the means of its pairs' best candidates, or, ``by_pair``, a row for each of them.
 
     A study's candidate is the best on validation data by what its search maximised (:func:`best_candidates`),
     whatever the ``objective`` that ranks; its scores are those of the same candidate on the test split. A study
@@ -69,7 +76,7 @@ def rank(rows: pd.DataFrame, objective: str = "normalized_mean") -> pd.DataFrame
     best = wide.loc[best_candidates(rows).index]
     tests = wide[(wide["split"] == "test") & (wide["status"] == "complete")]
     confirmed, studies = [], []
-    for _, study in wide.groupby(["sweep", "study"], sort=True):
+    for _, study in wide.groupby(SEARCH, sort=True):
         chosen = next((row for index, row in best.iterrows() if index in study.index), None)
         test = _confirmed(study, chosen, tests)
         if test is not None:
@@ -83,6 +90,9 @@ def rank(rows: pd.DataFrame, objective: str = "normalized_mean") -> pd.DataFrame
     table["ranked_by"] = objective
     table["score"] = table[objective]
     table["score_standard_error"] = [standard_error(row, objective) for _, row in table.iterrows()]
+    table["pairs"] = table["pair"].map(lambda pair: "+".join(pair))
+    if not by_pair:
+        table = _over_pairs(table)
     table = _sorted_by(table, "score", objective).reset_index(drop=True)
     return _tidy(_number_and_compare(table, objective))
 
@@ -96,9 +106,32 @@ def _confirmed(study: pd.DataFrame, chosen: pd.Series | None, tests: pd.DataFram
         own = tests.loc[tests.index.intersection(study.index)]
         return None if own.empty or (study["split"] == "val").any() else own.index[-1]
     same = tests["parameters"].isin([chosen["parameters"], chosen["resolved"]])
-    for column in ("sweep", "method", "seed"):
+    for column in ("sweep", "method", "seed", "pair"):
         same &= tests[column] == chosen[column]
     return tests.index[same][-1] if same.any() else None
+
+
+def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """One line for each study over pairs: means, and what all its pairs have in common."""
+    paired = table["pairs"] != ""
+    if not paired.any():
+        return table
+    lines = [table[~paired]]
+    for _, pairs in table[paired].groupby(["sweep", "study"], sort=True):
+        line = pairs.head(1).copy()
+        for column in pairs.columns:
+            values = pairs[column].dropna()
+            if column in _SUMS:
+                line[column] = values.sum()
+            elif "standard_error" in column:
+                line[column] = math.hypot(*values) / len(values) if len(values) else math.nan
+            elif pd.api.types.is_float_dtype(pairs[column]):
+                line[column] = values.mean()
+            elif values.astype(str).nunique() > 1:
+                line[column] = None
+        # Noise is not told over pairs: they share models and samples.
+        lines.append(line.assign(pairs=f"{len(pairs)} pairs", tasks=None))
+    return pd.concat(lines, ignore_index=True)
 
 
 def _about(study: pd.DataFrame, chosen: pd.Series | None, objective: str) -> dict[str, Any]:
@@ -148,10 +181,16 @@ def _nothing_confirmed(rows: pd.DataFrame) -> str:
 
 
 def write_leaderboard(directory: str | Path, objective: str = "normalized_mean") -> Path:
-    """Rank a results directory's ledger into its ``leaderboard.parquet``, replaced in one step; returns the path."""
-    path = Path(directory) / "leaderboard.parquet"
-    table = rank(read_rows(directory), objective)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    table.to_parquet(aside, index=False)
-    os.replace(aside, path)
+    """Rank a results directory's ledger into its ``leaderboard.parquet``; returns the path.
+
+    A sweep over pairs has a ``pairs.parquet`` beside it, with a line for each pair. Files are replaced in one step.
+    """
+    path, rows = Path(directory) / "leaderboard.parquet", read_rows(directory)
+    tables = {path: rank(rows, objective)}
+    if (tables[path]["pairs"].fillna("") != "").any():
+        tables[path.with_name("pairs.parquet")] = rank(rows, objective, by_pair=True)
+    for name, table in tables.items():
+        aside = name.with_name(f".{name.name}.{os.getpid()}")
+        table.to_parquet(aside, index=False)
+        os.replace(aside, name)
     return path

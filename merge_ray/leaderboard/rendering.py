@@ -108,9 +108,10 @@ def _place(row: pd.Series) -> str:
 
 
 def _name(row: pd.Series) -> str:
-    if row["kind"] == "published" or row["study"] == row["method"]:
+    if row["kind"] == "published":
         return str(row["method"])
-    return f"{row['study']} ({row['method']})"
+    name = row["study"] if row["study"] == row["method"] else f"{row['study']} ({row['method']})"
+    return f"{name}, {row['pairs']}" if row["pairs"] else str(name)
 
 
 def _score(value: float, error: float, objective: str) -> str:

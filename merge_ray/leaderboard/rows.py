@@ -35,6 +35,7 @@ ROW_SCHEMA = pa.schema(
         ("sweep", pa.string()),
         ("study", pa.string()),
         ("method", pa.string()),
+        ("pair", pa.list_(pa.string())),
         ("parameters", pa.string()),
         ("resolved", pa.string()),
         ("seed", pa.int64()),
@@ -51,6 +52,7 @@ ROW_SCHEMA = pa.schema(
         ("samples", pa.int64()),
         ("curve", pa.list_(pa.float64())),
         ("losses", pa.list_(pa.float64())),
+        ("steps", pa.list_(pa.int64())),
         ("seconds_merge", pa.float64()),
         ("seconds_evaluate", pa.float64()),
         ("seconds_total", pa.float64()),
@@ -108,8 +110,10 @@ def widen(rows: pd.DataFrame) -> pd.DataFrame:
 
     Adds, per task, ``<metric>/<task>``, ``standard_error/<task>`` and ``normalized/<task>``; per parameter,
     ``parameter/<name>`` (``parameter/<name>/<task>`` for one with a value per task); and the standard errors
-    ``mean_standard_error`` and ``normalized_standard_error`` of the two means. Keeps the index and all columns.
+    ``mean_standard_error`` and ``normalized_standard_error`` of the two means; ``pair`` becomes a tuple, empty
+    where all models are merged. Keeps the index and all columns.
     """
+    rows = rows.assign(pair=rows["pair"].map(lambda pair: () if pair is None else tuple(pair)))
     scores = pd.DataFrame([_task_columns(task_scores(tasks)) for tasks in rows["tasks"]], index=rows.index)
     parameters = pd.DataFrame([_parameter_columns(text) for text in rows["parameters"]], index=rows.index)
     return pd.concat([rows, scores, parameters.apply(_one_type)], axis=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from merge_ray import kernels
@@ -34,14 +38,14 @@ class Coefficients(Space):
         if isinstance(value, Mapping):
             each = [part if isinstance(part, (list, tuple)) else [part] for part in value.values()]
             return bool(each) and all(_unit.contains(number) for part in each for number in part)
-        return value is None or (isinstance(value, str) and value.endswith(".npz"))
+        return value is None or (isinstance(value, str) and value.endswith((".npz", ".safetensors")))
 
     def grid(self) -> list[Any]:
         """Coefficients are learned unless they are given."""
         return [None]
 
     def __str__(self) -> str:
-        return "the path of a .npz file, or {task: numbers in [0, 1]}, or none"
+        return "the path of a .npz or .safetensors file, or {task: numbers in [0, 1]}, or none"
 
 
 @register(
@@ -255,10 +259,16 @@ def read_coefficients(location: str) -> tuple[dict[str, np.ndarray], tuple[str, 
 
     Raises :class:`CheckpointError` for a file that holds none.
     """
+    path = Path(location)
     try:
-        with np.load(location, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+        if path.suffix == ".safetensors":
+            # The names of the layers are text, and lie beside.
+            about = json.loads(path.with_suffix(".json").read_text())
+            arrays = load_file(path) | {name: np.array(about[name]) for name in ("layers",) if name in about}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise CheckpointError(f"{location}: cannot be read as saved coefficients: {error}") from None
     given = {name.removeprefix(COEFFICIENT): row for name, row in arrays.items() if name.startswith(COEFFICIENT)}
     if not given:

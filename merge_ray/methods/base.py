@@ -91,7 +91,10 @@ class Predictor(Merged):
 
     def write(self, task: str, out: Tensor) -> None:
         """There are no weights that answer a whole task."""
-        raise ParameterError(f"{self.resolved.name} makes weights for every sample; there are none to write down")
+        raise ParameterError(
+            f"{self.resolved.name} makes weights for every sample; there are none to write down. A sweep scores it, "
+            "and merge-ray export of that sweep writes what makes them"
+        )
 
 
 class TaskModel(Protocol):
@@ -205,7 +208,7 @@ class MergeInputs:
 
         The result is read-only for the caller: the next candidate gets the same tensor.
         """
-        return self._cache.get(key, compute)
+        return self._cache.get((self.bank.tasks, key), compute)
 
 
 class MergeCache:
@@ -260,6 +263,11 @@ class Method(ABC):
     def steps_to_learn(self) -> int:
         """The steps that a :class:`LearnedMethod` has before it; 0 where nothing is learned, or all is given."""
         return 0
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether :meth:`merge` answers with a :class:`Predictor`."""
+        return False
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain values, in canonical form: mappings sorted by task."""

@@ -110,10 +110,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[str] | None]]:
             f"{path}: not a mapping: torch.nn.Sequential(Linear, ReLU, Linear) has {', '.join(NAMES)}; "
             f"this has {', '.join(arrays)}"
         )
+    if "about" in arrays:
+        return weights, _named(arrays["about"].numpy().tobytes(), path)
     beside = path.with_suffix(".json")
-    if beside.is_file():
-        return weights, _named(beside.read_bytes(), beside)
-    return weights, _named(arrays["about"].numpy().tobytes() if "about" in arrays else b"{}", path)
+    return weights, _named(beside.read_bytes() if beside.is_file() else b"{}", beside)
 
 
 def _named(text: bytes, path: Path) -> dict[str, list[str] | None]:

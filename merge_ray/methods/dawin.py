@@ -59,6 +59,11 @@ class Dawin(Method):
         help="the Dirichlet mixture: by maximum likelihood, or as in the authors' code",
     )
 
+    @property
+    def by_sample(self) -> bool:
+        """See :attr:`Method.by_sample`."""
+        return self.level != "task"
+
     def merge(self, inputs: MergeInputs) -> Merged:
         """See :class:`Dawin`."""
         bank = inputs.bank

@@ -49,6 +49,11 @@ class DawinRobust(Method):
     )
     offset: bool = param(False, valid=Choice((False, True)), help="shift coefficients by the entropies' spread")
 
+    @property
+    def by_sample(self) -> bool:
+        """See :attr:`Method.by_sample`."""
+        return self.level != "task"
+
     def merge(self, inputs: MergeInputs) -> Merged:
         """See :class:`DawinRobust`."""
         bank = inputs.bank

@@ -104,6 +104,8 @@ class DictFusion(LearnedMethod):
     optimizer: str = param("adam", valid=Choice(tuple(OPTIMIZERS)), help="adamw decays weights by 0.01")
     batch_size: int = param(16, valid=Int(1, 4096), help="samples of each task in a step")
 
+    by_sample = True
+
     def learner(self, inputs: MergeInputs) -> Learner:
         """See :class:`DictFusion`."""
         return DictLearner(self, inputs)

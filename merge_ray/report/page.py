@@ -58,7 +58,7 @@ def write_report(results: str | Path, objective: str = "normalized_mean") -> Pat
         kinds=table["kind"].tolist(),
         legend=legend(table),
         plots=_plots(rows, table),
-        studies=_study_plots(rows, table) + _coefficient_plots(directory, table),
+        studies=_study_plots(rows, table) + _learning_plots(rows, table) + _coefficient_plots(directory, table),
         failures=_failures(rows),
         directory=str(results),
         spec=spec.read_text("utf-8") if spec.exists() else None,
@@ -139,6 +139,25 @@ def _study_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, Plo
             caption = f"Objective on validation data; the ring is the best: {best}"
             description = f"{study}: objective against {', '.join(names)}; the best candidate has {best}."
             found.append((study, _plot(plots.plot_parameters(own, styles[study]), caption, description)))
+    return found
+
+
+def _learning_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, Plot]]:
+    """For every study whose best candidate has learned, its objective against the steps."""
+    merged = table[table["kind"] == "merged"]
+    styles = plots.style_of(sorted(merged["study"]))
+    learned = rows[[steps is not None and len(steps) > 0 for steps in rows["steps"]]]
+    learned = learned.drop_duplicates("identity").set_index("identity")
+    found = []
+    for study, identity in zip(merged["study"], merged["validation_identity"], strict=True):
+        if identity in learned.index:
+            row = learned.loc[identity]
+            caption = "Learning of the best candidate: its objective on the first shard, and (dashed) its loss"
+            description = (
+                f"{study}: objective from {row['curve'][0]:.3f} after {row['steps'][0]} steps to "
+                f"{row['curve'][len(row['steps']) - 1]:.3f} after {row['steps'][-1]}."
+            )
+            found.append((study, _plot(plots.plot_learning(row, styles[study]), caption, description)))
     return found
 
 

@@ -138,6 +138,21 @@ def plot_coefficients(coefficients: dict[str, np.ndarray], layers: list[str]) ->
     return figure
 
 
+def plot_learning(row: pd.Series, style: tuple[str, str]) -> Figure:
+    """A candidate's objective, and the loss that it learned to lower, against the steps that it had learned."""
+    figure, axes = _single(height=3.2)
+    steps = row["steps"]
+    axes.plot(steps, row["curve"][: len(steps)], color=style[0], marker=style[1])
+    axes.set_xlabel("learning steps")
+    axes.set_ylabel("objective (validation)", color=style[0])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    losses = axes.twinx()
+    losses.plot(steps, row["losses"], color=_GREY, linestyle="--")
+    losses.set_ylabel("loss: entropy (nats)", color=_GREY)
+    losses.spines[["top", "left"]].set_visible(False)
+    return figure
+
+
 def plot_progress(candidates: pd.DataFrame, styles: dict[str, tuple[str, str]]) -> Figure:
     """The best objective so far of every study, over the candidates in the order they were recorded."""
     figure, axes = _single(height=3.2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -77,60 +77,49 @@ def stamp_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-class BuiltinPart(ImagePart):
-    """One split of a task that is made on the spot."""
+class BuiltinPart(Part):
+    """One split of a task that ``make`` makes on the spot."""
 
-    def __init__(self, name: str, split: str) -> None:
-        self.name = name
-        self.split = split
+    def __init__(self, name: str, split: str, make: Callable[[str], tuple[Any, np.ndarray]]) -> None:
+        self.name, self.split, self.make = name, split, make
 
     def stamp(self) -> str:
         return recipe()
 
     @cached_property
-    def _made(self) -> tuple[np.ndarray, np.ndarray]:
-        return BUILTIN_TASKS[self.name].make(self.split)
+    def made(self) -> tuple[Any, np.ndarray]:
+        """The samples and their labels."""
+        return self.make(self.split)
 
     def load_labels(self) -> np.ndarray:
-        return self._made[1]
+        return self.made[1]
+
+    def where(self, row: int) -> str:
+        return f"built-in task {self.name!r}"
+
+
+class BuiltinImagePart(BuiltinPart, ImagePart):
+    """One split of images."""
 
     def read(self, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
         for row in rows:
-            yield partial(self._made[0].__getitem__, row)
-
-    def where(self, row: int) -> str:
-        return f"built-in task {self.name!r}"
+            yield partial(self.made[0].__getitem__, row)
 
 
-class BuiltinTextPart(TextPart):
-    """One split of a text task that is made on the spot."""
-
-    def __init__(self, name: str, split: str) -> None:
-        self.name = name
-        self.split = split
-
-    def stamp(self) -> str:
-        return recipe()
-
-    @cached_property
-    def _made(self) -> tuple[list[str], np.ndarray]:
-        return TEXT_TASKS[self.name].make(self.split)
-
-    def load_labels(self) -> np.ndarray:
-        return self._made[1]
+class BuiltinTextPart(BuiltinPart, TextPart):
+    """One split of texts."""
 
     def texts(self, rows: np.ndarray, options: str) -> list[str]:
-        return [self._made[0][row] for row in rows.tolist()]
-
-    def where(self, row: int) -> str:
-        return f"built-in task {self.name!r}"
+        return [self.made[0][row] for row in rows.tolist()]
 
 
 def builtin_source(name: str) -> Source:
     """The three splits of a built-in task."""
     if name in TEXT_TASKS:
-        return Source({split: BuiltinTextPart(name, split) for split in SPLITS}, TEXT_TASKS[name].classes)
-    return Source({split: BuiltinPart(name, split) for split in SPLITS}, BUILTIN_TASKS[name].classes)
+        texts = TEXT_TASKS[name]
+        return Source({split: BuiltinTextPart(name, split, texts.make) for split in SPLITS}, texts.classes)
+    images = BUILTIN_TASKS[name]
+    return Source({split: BuiltinImagePart(name, split, images.make) for split in SPLITS}, images.classes)
 
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
