@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,16 @@ import torch
 from test_goldens import GOLDEN, Case, load
 
 from merge_ray.errors import DataError
-from merge_ray.tasks.taskonomy_labels import SEMANTIC_CLASSES, Sample, needed_folders, prepare_sample
+from merge_ray.tasks.taskonomy_labels import LAYERS, SEMANTIC_CLASSES, Batch, layers_of, make_batch
 from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
 
 LABELS = sorted(path.name for path in (GOLDEN / "taskonomy_metrics").glob("label_*"))
 
 
-def prepared(case: Case, index: str) -> Sample:
-    task = case.parameters["task"]
-    raw = {folder: case.inputs[f"raw/{folder}/{index}"].numpy() for folder in needed_folders(task)}
-    weights = case.inputs["prior_factor"].tolist() if "prior_factor" in case.inputs else None
-    return prepare_sample(task, raw, tuple(case.parameters["target_size"]), weights)
+def prepare(task: str, raw: Mapping[str, np.ndarray], size: tuple[int, int], weights: Any = None) -> Batch:
+    layers = {name: LAYERS[name].prepare(raw[LAYERS[name].folder], size) for name in layers_of(task)}
+    kept = {name: layer.astype(np.uint8 if layer.dtype == np.uint8 else np.float32) for name, layer in layers.items()}
+    return make_batch(task, {name: torch.from_numpy(layer)[None] for name, layer in kept.items()}, weights)
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -28,16 +28,18 @@ def test_labels(name: str) -> None:
     case = load(f"taskonomy_metrics/{name}")
     for key in case.keys("label/"):
         index = key.partition("/")[2]
-        sample = prepared(case, index)
+        raw = {key.split("/")[1]: value.numpy() for key, value in case.inputs.items() if key.endswith(f"/{index}")}
+        weights = case.inputs["prior_factor"].tolist() if "prior_factor" in case.inputs else None
+        batch = prepare(case.parameters["task"], raw, tuple(case.parameters["target_size"]), weights)
         # The published evaluation calls the noisy image the label, and exchanges the two later.
-        image, label = sample.image, sample.target
+        image, label = batch.images[0], batch.targets[0]
         if case.parameters["task"] == "denoising":
             image, label = label, image
         case.check(key, label)
         if not case.parameters.get("no_image"):
             case.check(f"image/{index}", image)
         want = case.expected[f"weight/{index}"]
-        weight = torch.ones(1) if sample.weight is None else torch.from_numpy(sample.weight)
+        weight = torch.ones(1) if batch.weights is None else batch.weights[0]
         case.check(f"weight/{index}", weight.expand(want.shape))
 
 
@@ -111,9 +113,9 @@ RAW: dict[str, Any] = {
 )
 def test_labels_of_the_wrong_kind(task: str, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        prepare_sample(task, RAW | wrong, (8, 8))
+        prepare(task, RAW | wrong, (8, 8))
 
 
 def test_a_map_without_labels_counts_for_nothing() -> None:
-    weight = prepare_sample("segment_semantic", RAW, (8, 8)).weight
-    assert weight is not None and not weight.any()
+    weights = prepare("segment_semantic", RAW, (8, 8)).weights
+    assert weights is not None and not weights.any()

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
+from torch import Tensor
 
 from merge_ray.errors import DataError, choose_from
 
-RGB = "rgb"
-MASK_FROM = "depth_zbuffer"
 FARTHEST = 64500
 """Depths from here on (of 65535) are holes in the scan."""
 WHOLE = 0.99
@@ -39,31 +39,44 @@ CONTENTS = {
 
 
 @dataclass(frozen=True)
-class LabelKind:
-    """How the label files of a task are read.
+class Layer:
+    """One kind of image of a scene, as it is kept for the tasks that need it.
 
-    folder: where they lie. content: one of ``CONTENTS``. masked: whether holes in the scan do not count. transform:
-    from a raw image to a label ``[C, height, width]`` of the given size.
+    folder: where its files lie. content: one of ``CONTENTS``. transform: from a raw image to an array ``[C, height,
+    width]`` of the given size (without ``C`` for class maps, ``[1000]`` for class_object). dtype: what it is kept in.
     """
 
     folder: str
     content: str
-    masked: bool
     transform: Callable[[np.ndarray, Size], np.ndarray]
+    dtype: str = "float16"
+
+    def prepare(self, raw: np.ndarray, size: Size) -> np.ndarray:
+        """The transformed raw image, before it is rounded to ``dtype``; raises :class:`DataError` for a wrong kind."""
+        fits = {
+            "rgb": raw.dtype == np.uint8 and raw.ndim == 3 and raw.shape[2] == 3,
+            "grey16": raw.dtype in (np.uint16, np.int32) and raw.ndim == 2,
+            "grey8": raw.dtype == np.uint8 and raw.ndim == 2,
+            "vector": raw.dtype.kind == "f" and raw.shape == (OBJECT_CLASSES,),
+        }[self.content]
+        if not fits:
+            raise DataError(f"{self.folder} is {CONTENTS[self.content]}; found {raw.dtype} {list(raw.shape)}")
+        return self.transform(raw, size)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample of a task.
+class Batch:
+    """Samples of a task.
 
-    image: what the network sees, float32 ``[3, H, W]`` in [-1, 1]. target: what it should answer, float32
-    ``[C, H, W]``; classes int64 ``[H, W]`` for segment_semantic; probabilities float32 ``[1000]`` for class_object.
-    weight: of each pixel, float32 ``[1, H, W]`` (``[H, W]`` for segment_semantic), or None where all count alike.
+    images: what the network sees, float32 ``[B, 3, H, W]`` in [-1, 1]. targets: what it should answer, float32
+    ``[B, C, H, W]``; classes int64 ``[B, H, W]`` for segment_semantic; probabilities float32 ``[B, 1000]`` for
+    class_object. weights: of each pixel, float32 ``[B, 1, H, W]`` (``[B, H, W]`` for segment_semantic), or None where
+    all count alike.
     """
 
-    image: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray | None
+    images: Tensor
+    targets: Tensor
+    weights: Tensor | None
 
 
 def _resize(values: np.ndarray, size: Size) -> np.ndarray:
@@ -108,87 +121,79 @@ def _occlusion_edges(raw: np.ndarray, size: Size) -> np.ndarray:
     return _planes(gaussian_filter(_resize(raw / 65535, size) / 0.00625 * 2 - 1, sigma=4))
 
 
-def _classes(raw: np.ndarray, size: Size) -> np.ndarray:
+def _class_map(raw: np.ndarray, size: Size) -> np.ndarray:
     if raw.shape != size:
         raise DataError(
             f"a class map cannot be scaled: it is {raw.shape[0]}x{raw.shape[1]}, needed {size[0]}x{size[1]}"
         )
     if raw.max(initial=0) > SEMANTIC_CLASSES:
         raise DataError(f"a class map holds 0 (unlabelled) to {SEMANTIC_CLASSES}; found {raw.max()}")
-    return np.maximum(raw.astype(np.int64) - 1, 0)
+    return raw
 
 
-LABEL_KINDS = {
-    "autoencoding": LabelKind(RGB, "rgb", False, _colours),
-    "class_object": LabelKind("class_object", "vector", False, lambda raw, size: raw),
-    "curvature": LabelKind("principal_curvature", "rgb", True, _curvature),
-    "denoising": LabelKind(RGB, "rgb", False, _colours),
-    "depth_euclidean": LabelKind("depth_euclidean", "grey16", True, _log_depth),
-    "depth_zbuffer": LabelKind("depth_zbuffer", "grey16", True, _log_depth),
-    "edge_occlusion": LabelKind("edge_occlusion", "grey16", True, _occlusion_edges),
-    "edge_texture": LabelKind("edge_texture", "grey16", False, _clipped(0.08)),
-    "keypoints2d": LabelKind("keypoints2d", "grey16", True, _clipped(0.005)),
-    "keypoints3d": LabelKind("keypoints3d", "grey16", True, _clipped(1.0)),
-    "normal": LabelKind("normal", "rgb", True, _colours),
-    "reshading": LabelKind("reshading", "rgb", True, _shading),
-    "segment_semantic": LabelKind("segment_semantic", "grey8", False, _classes),
+def _mask(raw: np.ndarray, size: Size) -> np.ndarray:
+    mask = _resize((raw < FARTHEST).astype(np.float64), size)
+    return _planes(np.where(mask < WHOLE, 0, mask))
+
+
+IMAGE, MASK = "image", "mask"
+LAYERS = {
+    IMAGE: Layer("rgb", "rgb", _colours, "uint8"),
+    MASK: Layer("depth_zbuffer", "grey16", _mask),
+    "class_object": Layer("class_object", "vector", lambda raw, size: raw, "float32"),
+    "curvature": Layer("principal_curvature", "rgb", _curvature),
+    "depth_euclidean": Layer("depth_euclidean", "grey16", _log_depth),
+    "depth_zbuffer": Layer("depth_zbuffer", "grey16", _log_depth),
+    "edge_occlusion": Layer("edge_occlusion", "grey16", _occlusion_edges),
+    "edge_texture": Layer("edge_texture", "grey16", _clipped(0.08)),
+    "keypoints2d": Layer("keypoints2d", "grey16", _clipped(0.005)),
+    "keypoints3d": Layer("keypoints3d", "grey16", _clipped(1.0)),
+    "normal": Layer("normal", "rgb", _colours),
+    "reshading": Layer("reshading", "rgb", _shading),
+    "segment_semantic": Layer("segment_semantic", "grey8", _class_map, "uint8"),
 }
-"""The tasks whose labels are known."""
+"""The images, the holes of the scan, and each task's labels."""
+
+TASK_LAYERS = {
+    "autoencoding": (IMAGE,),
+    "denoising": (IMAGE,),
+    **{task: (IMAGE, task) for task in ("class_object", "edge_texture", "segment_semantic")},
+    **{
+        task: (IMAGE, task, MASK)
+        for task in LAYERS
+        if task not in (IMAGE, MASK, "class_object", "edge_texture", "segment_semantic")
+    },
+}
+"""What each task's samples are made of."""
 
 
-def find_label_kind(task: str) -> LabelKind:
-    """How the labels of ``task`` are read; raises :class:`DataError` with the nearest match."""
-    if task not in LABEL_KINDS:
-        raise DataError(f"no labels are known for the task {task!r}; {choose_from(task, LABEL_KINDS)}")
-    return LABEL_KINDS[task]
+def layers_of(task: str) -> tuple[str, ...]:
+    """The layers that samples of ``task`` are made of; raises :class:`DataError` with the nearest match."""
+    if task not in TASK_LAYERS:
+        raise DataError(f"no labels are known for the task {task!r}; {choose_from(task, TASK_LAYERS)}")
+    return TASK_LAYERS[task]
 
 
-def needed_folders(task: str) -> tuple[str, ...]:
-    """The folders that a sample of ``task`` is made from."""
-    kind = find_label_kind(task)
-    return tuple(dict.fromkeys([RGB, kind.folder, *([MASK_FROM] if kind.masked else [])]))
-
-
-def prepare_sample(
-    task: str, raw: Mapping[str, np.ndarray], size: Size, class_weights: Sequence[float] | None = None
-) -> Sample:
-    """The sample of ``task`` at ``size`` from the raw contents of :func:`needed_folders`.
+def make_batch(task: str, layers: Mapping[str, Tensor], class_weights: Sequence[float] | None = None) -> Batch:
+    """Samples of ``task`` from its layers ``[B, ...]``, images as float32 in [-1, 1].
 
     class_weights: ``[17]``, how much the pixels of each class count in segment_semantic; all alike without them.
     Images that denoising is shown have Gaussian noise of deviation 0.1 (of the range [0, 1]), the same in every sample,
-    as in the published evaluation. Raises :class:`DataError` for raw images of the wrong kind.
+    as in the published evaluation.
     """
-    kind = find_label_kind(task)
-    for folder in needed_folders(task):
-        check_content(folder, raw[folder], content_of(task, folder))
-    image, target = _colours(raw[RGB], size), kind.transform(raw[kind.folder], size)
-    weight = None
+    images = layers[IMAGE]
+    if task == "autoencoding":
+        return Batch(images, images, None)
     if task == "denoising":
-        noise = np.random.default_rng(0).normal(0, NOISE, (*size, 3))
-        image = ((image + 1) / 2 + _planes(noise)).clip(0, 1) * 2 - 1
-    elif task == "segment_semantic":
-        factors = np.ones(SEMANTIC_CLASSES) if class_weights is None else np.asarray(class_weights)
-        weight = (raw[kind.folder] > 0) * factors[target]
-        weight *= SEMANTIC_TOTAL / max(weight.sum(), 1e-12)
-    elif kind.masked:
-        mask = _resize((raw[MASK_FROM] < FARTHEST).astype(np.float64), size)
-        weight = _planes(np.where(mask < WHOLE, 0, mask))
-    exact = target if target.dtype == np.int64 else target.astype(np.float32)
-    return Sample(image.astype(np.float32), exact, None if weight is None else weight.astype(np.float32))
-
-
-def content_of(task: str, folder: str) -> str:
-    """Which of ``CONTENTS`` the files of one of a task's folders hold."""
-    return {RGB: "rgb", MASK_FROM: "grey16"}.get(folder) or find_label_kind(task).content
-
-
-def check_content(folder: str, raw: np.ndarray, content: str) -> None:
-    """Raise :class:`DataError` where a raw image is not what its folder should hold."""
-    fits = {
-        "rgb": raw.dtype == np.uint8 and raw.ndim == 3 and raw.shape[2] == 3,
-        "grey16": raw.dtype in (np.uint16, np.int32) and raw.ndim == 2,
-        "grey8": raw.dtype == np.uint8 and raw.ndim == 2,
-        "vector": raw.dtype.kind == "f" and raw.shape == (OBJECT_CLASSES,),
-    }[content]
-    if not fits:
-        raise DataError(f"{folder} is {CONTENTS[content]}; found {raw.dtype} {list(raw.shape)}")
+        noise = _planes(np.random.default_rng(0).normal(0, NOISE, (*images.shape[2:], 3)))
+        noisy = (images + 2 * torch.from_numpy(noise).to(images)).clamp(-1, 1)
+        return Batch(noisy, images, None)
+    labels = layers[task]
+    if task == "segment_semantic":
+        classes = (labels.long() - 1).clamp(min=0)
+        weights = (labels > 0).float()
+        if class_weights is not None:
+            weights *= torch.tensor(class_weights, device=labels.device)[classes]
+        weights *= SEMANTIC_TOTAL / weights.sum(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        return Batch(images, classes, weights)
+    return Batch(images, labels.float(), layers[MASK].float() if MASK in layers else None)

@@ -19,7 +19,7 @@ def sample_losses(task: str, answers: Tensor, targets: Tensor, weights: Tensor |
     """Every sample's loss and how much it counts: float64 ``[B, 2]``; see :func:`mean_loss`.
 
     answers: ``[B, C, H, W]``, or logits ``[B, 1000]`` for class_object. targets, weights: as
-    :class:`merge_ray.tasks.taskonomy_labels.Sample` has them, in batches.
+    :class:`merge_ray.tasks.taskonomy_labels.Batch` has them.
 
     class_object: the cross entropy with the target's probabilities. segment_semantic: the share of wrong pixels by
     weight. curvature: the squared error. Others: the absolute error. Losses of weighted pixels are means over all
