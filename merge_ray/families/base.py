@@ -125,12 +125,14 @@ class Family(ABC):
     """A kind of architecture: how its weights are named, built and asked.
 
     name: as in specs. architecture: which member of the family, in the family's own words. needs_heads: whether a
-    task needs a classification head beside the weights. huggingface_model: transformers' class that exports are for.
+    task needs a head beside the weights. has_base: whether models are fine-tuned from a common base.
+    huggingface_model: transformers' class that exports are for.
     """
 
     name: ClassVar[str]
     huggingface_model: ClassVar[str]
     needs_heads: ClassVar[bool] = False
+    has_base: ClassVar[bool] = True
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture

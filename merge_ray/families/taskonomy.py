@@ -57,6 +57,7 @@ class TaskonomyFamily(Family):
 
     huggingface_model = ""
     needs_heads = True
+    has_base = False
 
     def __init__(self, architecture: str) -> None:
         super().__init__(architecture)

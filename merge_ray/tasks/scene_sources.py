@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +140,21 @@ class RoomScenes(ScenePart):
     def counts(self) -> list[int]:
         return [self._images[building] for building in self.buildings]
 
-    @cached_property
-    def _rendered(self) -> dict[str, np.ndarray]:
-        made = [render_building(building, count) for building, count in zip(self.buildings, self.counts(), strict=True)]
-        return {folder: np.concatenate([part[folder] for part in made]) for folder in made[0]}
-
     def raw(self, folder: str, rows: np.ndarray) -> list[Callable[[], np.ndarray]]:
-        if folder not in self._rendered:
-            raise DataError(f"{ROOMS} has no data for {folder!r}; {choose_from(folder, self._rendered)}")
-        return [partial(self._rendered[folder].__getitem__, row) for row in rows]
+        rendered = _render(tuple(self.buildings), tuple(self.counts()))
+        if folder not in rendered:
+            raise DataError(f"{ROOMS} has no data for {folder!r}; {choose_from(folder, rendered)}")
+        return [partial(rendered[folder].__getitem__, row) for row in rows]
 
     def where(self, row: int) -> str:
         return f"{ROOMS}, image {row}"
+
+
+@lru_cache(maxsize=3)
+def _render(buildings: tuple[str, ...], counts: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The buildings of a split one after the other; several tasks ask for them in turn."""
+    made = [render_building(building, count) for building, count in zip(buildings, counts, strict=True)]
+    return {folder: np.concatenate([part[folder] for part in made]) for folder in made[0]}
 
 
 def scene_source(location: str, buildings: Mapping[Split, Sequence[str]] | None) -> Source:
