@@ -79,8 +79,8 @@ class Batch:
     weights: Tensor | None
 
 
-def _resize(values: np.ndarray, size: Size) -> np.ndarray:
-    """``values`` ``[H, W, ...]`` linearly at ``size``, smoothed before shrinking."""
+def resize_linearly(values: np.ndarray, size: Size) -> np.ndarray:
+    """``values`` ``[H, W, ...]`` at ``size``, linearly, smoothed before shrinking; float64 where they change."""
     if values.shape[:2] == size:
         return values
     resized: np.ndarray = resize(values.astype(np.float64), size, order=1, preserve_range=True)
@@ -93,32 +93,32 @@ def _planes(values: np.ndarray) -> np.ndarray:
 
 
 def _colours(raw: np.ndarray, size: Size) -> np.ndarray:
-    return _planes(_resize(raw / 255, size)) * 2 - 1
+    return _planes(resize_linearly(raw / 255, size)) * 2 - 1
 
 
 def _shading(raw: np.ndarray, size: Size) -> np.ndarray:
-    return _planes(_resize(raw / 255 @ np.array([0.2125, 0.7154, 0.0721]), size)) * 2 - 1
+    return _planes(resize_linearly(raw / 255 @ np.array([0.2125, 0.7154, 0.0721]), size)) * 2 - 1
 
 
 def _curvature(raw: np.ndarray, size: Size) -> np.ndarray:
-    centred = _resize(raw[:, :, :2].astype(np.float64), size) - (123.572, 120.1)
+    centred = resize_linearly(raw[:, :, :2].astype(np.float64), size) - (123.572, 120.1)
     return _planes(centred / (31.922, 21.658))
 
 
 def _log_depth(raw: np.ndarray, size: Size) -> np.ndarray:
-    return _planes(_resize(np.log(1.0 + raw) / math.log(2**16), size))
+    return _planes(resize_linearly(np.log(1.0 + raw) / math.log(2**16), size))
 
 
 def _clipped(limit: float) -> Callable[[np.ndarray, Size], np.ndarray]:
     def transform(raw: np.ndarray, size: Size) -> np.ndarray:
-        return _planes(_resize(raw / 65535, size).clip(0, limit) / limit * 2 - 1)
+        return _planes(resize_linearly(raw / 65535, size).clip(0, limit) / limit * 2 - 1)
 
     return transform
 
 
 def _occlusion_edges(raw: np.ndarray, size: Size) -> np.ndarray:
     """Not clipped: strong edges are above 1 before they are blurred."""
-    return _planes(gaussian_filter(_resize(raw / 65535, size) / 0.00625 * 2 - 1, sigma=4))
+    return _planes(gaussian_filter(resize_linearly(raw / 65535, size) / 0.00625 * 2 - 1, sigma=4))
 
 
 def _class_map(raw: np.ndarray, size: Size) -> np.ndarray:
@@ -132,7 +132,7 @@ def _class_map(raw: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _mask(raw: np.ndarray, size: Size) -> np.ndarray:
-    mask = _resize((raw < FARTHEST).astype(np.float64), size)
+    mask = resize_linearly((raw < FARTHEST).astype(np.float64), size)
     return _planes(np.where(mask < WHOLE, 0, mask))
 
 
