@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from merge_ray.errors import MergeRayError
+from merge_ray.errors import MergeRayError, choose_from
 
 app = typer.Typer(
     name="merge-ray",
@@ -213,6 +213,40 @@ def relatedness(spec: SpecPath, overrides: Overrides = None) -> None:
     console.print(found.table())
     console.print(f"\nDistances    {found.directory / 'distances.parquet'}")
     console.print(f"Pictures     {found.directory / 'heat_map.png'}, {found.directory / 'tree.png'}")
+
+
+@app.command()
+def fetch(
+    data: Annotated[str, typer.Argument(help="What to download: taskonomy.")],
+    links: Annotated[
+        Path | None, typer.Option(help="A file of archives' addresses, a line each; by default the paper's.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the buildings go.")] = Path("taskonomy_data"),
+) -> None:
+    """Download and unpack data; a run that was stopped goes on where it was."""
+    from merge_ray.fetch import fetch as run
+    from merge_ray.fetch import read_links, usual_links
+    from merge_ray.progress import Progress
+
+    if data != "taskonomy":
+        raise MergeRayError(f"cannot fetch {data!r}; {choose_from(data, ['taskonomy'])}")
+    with Progress() as progress, progress.counted("fetch taskonomy") as update:
+        places = run(read_links(links) if links else usual_links(), output, update)
+    console.print(f"{len(places)} folders are in {output}; next: merge-ray compress {output}", highlight=False)
+
+
+@app.command()
+def compress(
+    root: Annotated[Path, typer.Argument(help="The directory of Taskonomy's buildings.")],
+    size: Annotated[int, typer.Option(min=1, help="The height and width of the images.")] = 256,
+) -> None:
+    """Shrink Taskonomy's images in place, in parallel."""
+    from merge_ray.compress import compress as run
+    from merge_ray.progress import Progress
+
+    with Progress() as progress, progress.counted("compress") as update:
+        shrunk, seen = run(root, size, update)
+    console.print(f"shrunk {shrunk} of {seen} images to {size} x {size}", highlight=False)
 
 
 def _print(rendered: Any) -> None:

@@ -61,7 +61,9 @@ class Case:
     def check(self, key: str, got: Tensor | np.ndarray) -> None:
         want, got = self.expected[key], torch.as_tensor(got)
         assert got.shape == want.shape, key
-        if not want.is_floating_point() or any(fnmatch.fnmatch(key, pattern) for pattern in self.about["exact_keys"]):
+        if not want.is_floating_point() or any(
+            fnmatch.fnmatch(key, pattern) for pattern in self.about.get("exact_keys", [])
+        ):
             assert bool((got.double() == want.double()).all()), f"{key} differs where it must be exact"
         else:
             torch.testing.assert_close(got.to(want.dtype), want, rtol=self.about["rtol"], atol=self.about["atol"])
