@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from merge_ray.bank import ModelBank
+from merge_ray.matching import Group, PermutationGroups, correlation_of
 
 
 class BatchMean:
@@ -75,6 +81,106 @@ class ActivationMoments:
         """Biased, ``[n, n]``."""
         mean = self.mean.mean
         return self.second.mean.sub_(torch.outer(mean, mean))
+
+
+class ActivationStatistics:
+    """The activations of every model of a bank on the same batches, at all groups at once, when first asked for.
+
+    :class:`merge_ray.methods.base.Calibration` for methods that match channels.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        flat: Tensor,
+        bank: ModelBank,
+        groups: PermutationGroups,
+        batches: Iterable[Tensor],
+    ) -> None:
+        """``skeleton`` takes the ``batches`` ``[B, ...]`` and has its weights in ``flat`` ``[P]``, left as it was.
+
+        The groups' activations are paths in ``skeleton``.
+        """
+        self._skeleton, self._flat, self._bank = skeleton, flat, bank
+        self._groups, self._batches = groups, batches
+        self._correlations: dict[str, Tensor] = {}
+
+    @cached_property
+    def moments(self) -> dict[str, ActivationMoments]:
+        """The moments of every group, by its name: the channels of all models, one below the other."""
+        moments = {group.name: ActivationMoments() for group in self._groups}
+        kept = self._flat.clone()
+        modes = {module: module.training for module in self._skeleton.modules()}
+        self._skeleton.eval()
+        try:
+            with torch.no_grad():
+                for batch in self._batches:
+                    for name, features in self._features(batch).items():
+                        moments[name].add(features, len(batch))
+        finally:
+            self._flat.copy_(kept)
+            for module, mode in modes.items():
+                module.training = mode
+        return moments
+
+    def _features(self, batch: Tensor) -> dict[str, Tensor]:
+        """Every group's channels of all models, ``[N C, M]``."""
+        features: dict[str, list[Tensor]] = {group.name: [] for group in self._groups}
+        for task_vector in self._bank.task_vectors:
+            torch.add(self._bank.base, task_vector, out=self._flat)
+            with observed(self._skeleton, {group.activation for group in self._groups}) as seen:
+                self._skeleton(batch)
+            for group in self._groups:
+                features[group.name].append(seen[group.activation])
+        return {name: torch.cat(parts) for name, parts in features.items()}
+
+    def correlation(self, group: Group) -> Tensor:
+        """See :class:`merge_ray.methods.base.Calibration`."""
+        if group.name not in self._correlations:
+            self._correlations[group.name] = correlation_of(self.moments[group.name].covariance)
+        return self._correlations[group.name]
+
+    def observations(self, group: Group) -> int:
+        """See :class:`merge_ray.methods.base.Calibration`."""
+        return self.moments[group.name].observations
+
+
+@contextmanager
+def observed(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the modules at ``paths`` take meanwhile, with channels first: ``[C, M]`` over samples and positions.
+
+    The output layer of torch's attention is not called as a module; what it takes is computed again.
+    """
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for path in paths:
+        module = model.get_submodule(path)
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            hook = partial(_see_heads, seen, path)
+            hooks.append(parent.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            hooks.append(module.register_forward_pre_hook(partial(_see, seen, path)))
+    try:
+        yield seen
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _see(seen: dict[str, Tensor], path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    channels_second = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm)
+    seen[path] = inputs[0].movedim(1 if channels_second else -1, 0).flatten(1)
+
+
+def _see_heads(seen: dict[str, Tensor], path: str, module: Any, inputs: tuple[Any, ...], options: Any) -> None:
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    width = module.embed_dim
+    copied.out_proj = nn.Linear(width, width, bias=False)
+    copied.out_proj.weight = nn.Parameter(torch.eye(width), requires_grad=False)
+    heads, _ = copied.forward(*inputs, **options)
+    seen[path] = heads.movedim(-1, 0).flatten(1)
 
 
 @torch.no_grad()

@@ -103,13 +103,16 @@ def test_zip_as_zipit_has_it(name: str, prefixes: tuple[str, ...]) -> None:
 def test_other_matchings_as_zipit_has_them() -> None:
     case = load("zipit/match_tensors_others")
     for key, about in sets(case):
-        matrix, models = case.inputs[f"matrix/{key}"], about["n"]
-        matched = {
-            "match_tensors_permute": lambda matrix=matrix, models=models: permute(correlation_of(matrix), models),
-            "match_tensors_identity": lambda matrix=matrix, models=models: identity(models, len(matrix) // models),
-        }
-        if about["fn"] in matched:
-            check_zipit(case, matched[about["fn"]]()[0], key, about)
+        matrix, models, channels = case.inputs[f"matrix/{key}"], about["n"], about["C"]
+        if about["fn"] == "match_tensors_permute":
+            membership, _ = permute(correlation_of(matrix), models)
+        elif about["fn"] == "match_tensors_identity":
+            membership, _ = identity(models, channels)
+        else:
+            # match_tensors_return_a: the first model alone.
+            columns = torch.stack([torch.arange(channels), torch.full((channels,), -1)])
+            membership = Membership(columns, channels)
+        check_zipit(case, membership, key, about)
 
 
 def test_optimal_matching() -> None:

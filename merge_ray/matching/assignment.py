@@ -29,7 +29,7 @@ def permute(similarity: Tensor, models: int, groups: int = 1) -> Matched:
     The mean similarity is over all models; without groups that of the last model, as MuDSC's code for models of
     different tasks has it.
     """
-    matrix = _blocks(similarity, models)
+    matrix = blocks(similarity, models)
     channels = len(matrix) // models
     columns, values = np.tile(np.arange(channels), (models, 1)), []
     for model in range(1, models):
@@ -63,7 +63,7 @@ def optimal(similarity: Tensor, models: int) -> Matched:
     """
     if models != 2:
         raise ParameterError(f"the optimal matching pairs the channels of two models; these are {models}")
-    matrix = _blocks(similarity, models)
+    matrix = blocks(similarity, models)
     # Positive weights leave no channel alone in the heaviest matching.
     graph = networkx.from_numpy_array(matrix.astype(np.float64) - (matrix.min() - 1))
     pairs = np.array(sorted(sorted(pair) for pair in networkx.max_weight_matching(graph)))
@@ -73,7 +73,8 @@ def optimal(similarity: Tensor, models: int) -> Matched:
     return Membership(torch.from_numpy(columns.reshape(2, -1)), len(pairs)), value
 
 
-def _blocks(similarity: Tensor, models: int) -> np.ndarray:
+def blocks(similarity: Tensor, models: int) -> np.ndarray:
+    """The matrix ``[N C, N C]`` of so many models as an array; raises :class:`ParameterError` if it is none."""
     matrix = similarity.numpy(force=True)
     if matrix.ndim != 2 or len(matrix) != matrix.shape[1] or len(matrix) % models:
         raise ParameterError(f"the similarity of {models} models is square, not {list(matrix.shape)}")

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from merge_ray.matching.assignment import Matched, assign
+from merge_ray.matching.assignment import Matched, assign, blocks
 from merge_ray.matching.membership import Membership
 
 
@@ -28,9 +28,7 @@ class ZipRule:
     shifted_owners: bool = False
 
 
-def zip_channels(
-    similarity: Tensor, models: int, rule: ZipRule, keep: int | None = None, groups: int = 1
-) -> Matched:
+def zip_channels(similarity: Tensor, models: int, rule: ZipRule, keep: int | None = None, groups: int = 1) -> Matched:
     """Merge the most similar two channels until ``keep`` are left (by default, those of one model).
 
     similarity: ``[N C, N C]``, the models one below the other. A merged channel is as similar to another as the less
@@ -41,21 +39,23 @@ def zip_channels(
     ZipIt (Stoica et al., ICLR 2024), algorithm 1; MuDSC (Xu et al., CVPR 2024) for groups. Every row keeps its maximum
     and is scanned again only when that is gone and it comes to the top: about quadratic in the number of channels.
     """
-    matrix = similarity.numpy(force=True).astype(np.float32)
+    matrix = blocks(similarity, models).astype(np.float32)
     size = len(matrix)
-    channels, keep = size // models, size // models if keep is None else keep
-    removed = size - keep
+    channels = size // models
+    keep = channels if keep is None else keep
+    removed, part_keep = size - keep, keep // groups
     budget = np.full(models, int(removed // models * rule.b + 1e-4), np.int64)
     group_budget = int(removed // (models * groups) + 1e-4) if groups > 1 else removed
     closed = np.zeros(models, np.bool_)
     joined, total, width = np.full(size, -1, np.int64), 0.0, 0
     for bundle in _bundles(matrix, models, groups):
         owners = bundle // channels
-        part_keep = keep // groups
         within = np.minimum(budget, group_budget)
         left = within.copy()
-        part = np.ascontiguousarray(matrix[np.ix_(bundle, bundle)])
-        columns, value = _zip(part, owners, left, closed.copy(), part_keep, channels, np.float32(rule.a), rule.shifted_owners)
+        part = matrix if groups == 1 else matrix[np.ix_(bundle, bundle)]
+        columns, value = _zip(
+            part, owners, left, closed.copy(), part_keep, channels, np.float32(rule.a), rule.shifted_owners
+        )
         budget -= within - left
         closed |= (budget <= 0) & (left < within)
         joined[bundle] = np.where(columns >= 0, columns + width, -1)
