@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,11 @@ from test_goldens import Case, load
 from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
-from merge_ray.families.taskonomy_network import TaskonomyEncoder, Widths
+from merge_ray.errors import CheckpointError, ParameterError
+from merge_ray.families.taskonomy_network import FullyConnectedDecoder, TaskonomyEncoder, TaskonomyNetwork, Widths
 from merge_ray.matching import (
     Group,
+    Member,
     Memberships,
     PermutationGroups,
     derive_groups,
@@ -23,8 +27,8 @@ from merge_ray.matching import (
 )
 from merge_ray.matching.weight_space import visiting_orders
 from merge_ray.methods.base import MergeCache, Merged, MergeInputs, make_method
-from merge_ray.methods.mudsc import Mudsc
-from merge_ray.statistics import ActivationStatistics
+from merge_ray.methods.mudsc import SUFFIXES, Mudsc
+from merge_ray.statistics import ActivationStatistics, reset_batch_norm
 
 BRIEF: dict[str, dict[str, Any]] = {
     "pair_activation_zip": {"similarity": "activation"},
@@ -64,6 +68,13 @@ def widths(network: dict[str, Any]) -> Widths:
     return Widths(network["stem"], planes, blocks, strides, network["compress"])
 
 
+@cache
+def groups_of(network: Widths) -> PermutationGroups:
+    encoder = TaskonomyEncoder(network)
+    own = [name for name in encoder.state_dict() if "compress" in name]
+    return derive_groups(encoder, torch.zeros(1, 3, 32, 32), own=own)
+
+
 @dataclass
 class World:
     """The encoders of a case in a bank, and what matching them needs."""
@@ -81,9 +92,8 @@ class World:
             model, _, name = key.partition("/")
             if name.startswith("encoder."):
                 models.setdefault(model, {})[name.removeprefix("encoder.")] = tensor
-        encoder = TaskonomyEncoder(widths(case.parameters["network"]))
-        own = [name for name in encoder.state_dict() if "compress" in name]
-        groups = derive_groups(encoder, torch.zeros(1, 3, 32, 32), own=own)
+        network = widths(case.parameters["network"])
+        encoder, groups = TaskonomyEncoder(network), groups_of(network)
         bank = ModelBank.build(None, models)
         batches = [case.inputs[key] for key in sorted(case.inputs) if key.startswith("images/")]
         flat = torch.zeros(bank.layout.size)
@@ -152,7 +162,9 @@ def test_mudsc(name: str) -> None:
     world.check_final(method.merge(inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in MUDSC if "activation" not in name])
+@pytest.mark.parametrize(
+    "name", ["pair_weight_zip", "pair_dual_alignment", "pair_dual_zip", "pair_no_matching", "triple_dual_zip"]
+)
 def test_mudsc_search(name: str) -> None:
     world = World.of(load(f"mudsc/{name}"))
     method, inputs = make_method("mudsc", MUDSC[name]), world.inputs()
@@ -209,3 +221,127 @@ def test_git_rebasin(name: str) -> None:
         case.check(f"iter0_similarity/{group.name}", similarity)
     if name == "pair":
         world.check_final(make_method("git_rebasin", {}).merge(world.inputs(seed=seed)))
+
+
+class Decoder(nn.Module):
+    """The small decoder of the recorded networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.2))
+        self.decoder_output = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        answers: Tensor = self.decoder_output(self.conv2(codes))
+        return answers
+
+
+def networks(case: Case) -> list[TaskonomyNetwork]:
+    about, models = case.parameters, []
+    network = widths(about["network"])
+    for index in range(about["n_models"]):
+        decoder: nn.Module = Decoder()
+        if about["mlp"]:
+            decoder = FullyConnectedDecoder(5, replace(network, hidden=10, code_size=about["side"]))
+        model = TaskonomyNetwork(TaskonomyEncoder(network), decoder).eval()
+        prefix = f"model{index}/"
+        state = {key.removeprefix(prefix): tensor for key, tensor in case.inputs.items() if key.startswith(prefix)}
+        model.load_state_dict(
+            {key if "coder." in key else f"decoder.{key}": tensor.clone() for key, tensor in state.items()}
+        )
+        models.append(model)
+    return models
+
+
+@pytest.mark.parametrize(
+    "name", ["one_model", "two_models", "merged_models", "without_clearing", "fully_connected_decoder"]
+)
+def test_batch_norm_statistics_are_made_again(name: str) -> None:
+    case = load(f"reset_bn/{name}")
+    models = networks(case)
+    batches = [case.inputs[key] for key in sorted(case.inputs) if key.startswith("images/")]
+
+    def check_outputs(when: str) -> None:
+        for index, model in enumerate(models):
+            with torch.no_grad():
+                case.check(f"output_{when}/{index}", model(batches[0]))
+
+    check_outputs("before")
+    reset_batch_norm(models, batches, clear=case.parameters["reset"])
+    check_outputs("after")
+    for index, model in enumerate(models):
+        state = model.state_dict()
+        for key in case.keys(f"model{index}/"):
+            name = key.removeprefix(f"model{index}/")
+            case.check(key, state[name if name in state else f"decoder.{name}"])
+        assert not model.training
+        assert {norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+
+
+class Calls:
+    """Batches that say how often they were gone through."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.count = batches, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.count += 1
+        return iter(self.batches)
+
+
+def test_the_networks_run_once_for_all_candidates() -> None:
+    world, cache = World.of(load("mudsc/pair_dual_zip")), MergeCache(1 << 20)
+    calls = Calls(world.batches)
+    candidates: list[tuple[str, dict[str, Any]]] = [("mudsc", {"fix_rate": 0.3}), ("mudsc", {"fix_rate": 0.2})]
+    candidates += [("zipit", {}), ("mudsc", {"suffix": "_act_useperm"})]
+    world.calibration._batches = calls
+    for name, parameters in candidates:
+        make_method(name, parameters).merge(world.inputs(cache))
+    assert calls.count == 1
+
+
+def test_both_ways_to_name_a_setting_are_one_candidate() -> None:
+    for suffix, (similarity, matching) in SUFFIXES.items():
+        named = make_method("mudsc", {"suffix": suffix})
+        assert named == make_method("mudsc", {"similarity": similarity, "matching": matching})
+        assert named == make_method("mudsc", named.parameters())
+    assert make_method("mudsc", {}) == make_method("mudsc", {"suffix": "_act_iws_fs"})
+    with pytest.raises(ParameterError, match="'_act_useperm' means activation and permute, not weight and perm"):
+        make_method("mudsc", {"suffix": "_act_useperm", "similarity": "weight"})
+
+
+def test_other_reductions_do_not_fit_the_architecture() -> None:
+    world = World.of(load("zipit/pair_zip"))
+    with pytest.raises(ParameterError, match=r"12 merged channels are left in group 0 of 8; .* a reduction of 1 - 1/2"):
+        make_method("zipit", {"reduction": 0.25}).merge(world.inputs())
+
+
+def test_few_activations_leave_a_note() -> None:
+    world = World.of(load("zipit/pair_zip"))
+    world.calibration._batches = [world.batches[0][:1]]
+    (note,) = make_method("zipit", {}).merge(world.inputs()).notes
+    assert "too few activation samples in" in note and "the 32 channels that compress1 reads have 9 values" in note
+
+
+def test_a_group_that_does_not_close_names_the_tensors() -> None:
+    world = World.of(load("zipit/pair_zip"))
+    broken = [
+        Group("9", 8, (Member("conv1.weight", 0, "out"), Member("bn1.scale", 0, "out")), "conv1"),
+        Group("10", 6, (Member("compress1.weight", 0, "in"), Member("conv1.weight", 0, "out")), "conv1"),
+        Group("11", 9, (Member("bn1.weight", 0, "out"),), "conv1"),
+    ]
+    world.groups = PermutationGroups(tuple(broken))
+    with pytest.raises(CheckpointError) as error:
+        make_method("git_rebasin", {}).merge(world.inputs())
+    assert "group 9: there is no tensor bn1.scale" in str(error.value)
+    assert "group 10: axis 0 of conv1.weight is in group 9 too" in str(error.value)
+    assert "group 11: bn1.weight [8] does not have its 9 channels along axis 0" in str(error.value)
+
+
+def test_models_without_a_base_are_compared_with_each_other() -> None:
+    first = {"x": torch.ones(2), "steps": torch.tensor(3)}
+    bank = ModelBank.build(None, {"a": first, "b": {"x": torch.zeros(2), "steps": torch.tensor(6)}})
+    assert not bank.base.any()
+    assert bank.extras["steps"] == 4 and bank.extras["steps"].dtype == torch.int64
+    with pytest.raises(CheckpointError, match=r"(?s)b: this model cannot be merged.*x: shape \[3\], in 'a' \[2\]"):
+        ModelBank.build(None, {"a": first, "b": {"x": torch.zeros(3), "steps": torch.tensor(3)}})
