@@ -12,7 +12,7 @@ from merge_ray.bank import ModelBank, digest
 from merge_ray.candidate import fingerprint_of
 from merge_ray.checkpoints import is_adapter, read_finetuned, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError
-from merge_ray.families import Family, ImageFamily, head_from_state
+from merge_ray.families import Family, ImageFamily
 from merge_ray.progress import Progress
 from merge_ray.spec import ModelsSpec
 from merge_ray.tasks import Task, cache_directory
@@ -45,24 +45,25 @@ def _read(
 def make_heads(
     models: ModelsSpec, tasks: Sequence[Task], base: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, np.ndarray]:
-    """Every task's head ``[C, D]`` float32: read where the spec names it, or made by the base's text tower.
+    """Every task's head, float32: read where the spec names it, or ``[C, D]`` made by the base's text tower.
 
-    Empty for families without heads.
+    Empty for families without heads. Raises :class:`CheckpointError` where there is neither.
     """
     family = models.open_family()
-    if not isinstance(family, ImageFamily):
+    if not family.needs_heads:
         return {}
-    image_tower = family.tower(base)
-    text_tower = {name: digest(tensor) for name, tensor in base.items() if name not in image_tower}
+    text_tower: dict[str, str] = {}
+    if isinstance(family, ImageFamily):
+        image_tower = family.tower(base)
+        text_tower = {name: digest(tensor) for name, tensor in base.items() if name not in image_tower}
     heads = {}
     for task in tasks:
         if location := models.head_location(task.name):
-            head = head_from_state(read_weights(location))
+            heads[task.name] = family.read_head(task, read_weights(location)).numpy()
+        elif isinstance(family, ImageFamily):
+            heads[task.name] = _zero_shot_head(family, base, task, text_tower, progress).numpy()
         else:
-            head = _zero_shot_head(family, base, task, text_tower, progress)
-        if len(head) != len(task.classes):
-            raise CheckpointError(f"the head of {task.name} has {len(head)} classes, the task has {len(task.classes)}")
-        heads[task.name] = head.numpy()
+            raise CheckpointError(f"{task.name}: the family {family.name!r} needs its saved head; give models.heads")
     return heads
 
 

@@ -201,7 +201,7 @@ def _prepare_data(
 ) -> tuple[dict[str, dict[str, str]], dict[str, np.ndarray]]:
     """Prepare every split once in the cache and make the heads.
 
-    Returns the splits' fingerprints ``{split: {task: fingerprint}}`` and the heads ``{task: [C, D]}``.
+    Returns the splits' fingerprints ``{split: {task: fingerprint}}`` and the heads.
     """
     tasks = [open_task(task) for task in spec.tasks]
     heads = make_heads(spec.models, tasks, base, progress)

@@ -269,7 +269,7 @@ def test_undivided_sets_have_the_papers_sizes() -> None:
     [
         ("digit", "unknown task 'digit': did you mean 'digits'"),
         ("RESISC45", "torchvision does not have RESISC45: give its parquet or image_folder"),
-        ({"name": "x"}, "needs exactly one of builtin, parquet, torchvision, image_folder; found none"),
+        ({"name": "x"}, "needs exactly one of builtin, parquet, torchvision, image_folder, taskonomy; found none"),
         ({"name": "x", "builtin": "digits", "parquet": "a"}, "found builtin and parquet"),
         ({"name": "x", "builtin": "digts"}, "unknown built-in task 'digts': did you mean 'digits'"),
         ({"name": "x", "torchvision": "MNISTT"}, "unknown torchvision data set 'MNISTT': did you mean 'MNIST'"),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from merge_ray.checkpoints.hub import open_hub
 from merge_ray.errors import CheckpointError, choose_from
 
@@ -15,8 +17,9 @@ from merge_ray.errors import CheckpointError, choose_from
 def open_location(location: str | Path) -> Path:
     """Give the local file or directory for a location, downloading it first where it is remote.
 
-    - a path: as it is (``~`` means the home directory);
+    - a path: as it is (``~`` means the home directory), or the only file that matches it (``*_encoder-*.pth``);
     - ``builtin:quickstart/base.safetensors``: a file that ships with merge-ray;
+    - ``torchhub:normal_encoder-*.pth``: a file of torch's own cache, or the only one that matches a pattern;
     - ``hf://owner/name[@revision][/file or folder]``, ``hf://datasets/owner/name...``: from the Hugging Face hub.
 
     Raises CheckpointError where there is nothing at the location, or it is of a scheme that is not known.
@@ -39,12 +42,22 @@ def _open_local(path: Path) -> Path:
     try:
         if path.exists():
             return path
+        if "*" in path.name:
+            return _only_match(path)
         folder_exists = folder.is_dir()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
     if not folder_exists:
         raise CheckpointError(f"{path}: no such file or directory; its folder {folder} does not exist either")
     raise CheckpointError(f"{path}: no such file or directory{_nearest(path)}")
+
+
+def _only_match(path: Path) -> Path:
+    found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if len(found) != 1:
+        named = ", ".join(match.name for match in found) or "no file"
+        raise CheckpointError(f"{path}: matches {named}, where one file is meant")
+    return found[0]
 
 
 def _nearest(path: Path) -> str:
@@ -66,4 +79,12 @@ def _open_hf(name: str) -> Path:
     return open_hub(name.removeprefix("//"))
 
 
-SCHEMES: dict[str, Callable[[str], Path]] = {"builtin": _open_builtin, "hf": _open_hf}
+def _open_torch_hub(name: str) -> Path:
+    return _open_local(Path(torch.hub.get_dir()) / "checkpoints" / name)
+
+
+SCHEMES: dict[str, Callable[[str], Path]] = {
+    "builtin": _open_builtin,
+    "hf": _open_hf,
+    "torchhub": _open_torch_hub,
+}

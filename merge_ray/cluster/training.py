@@ -155,14 +155,15 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
 
 
 def results_table(spec: FinetuneSpec, results: list[TaskResult]) -> Table:
-    """Validation accuracy before and after fine-tuning, a row a task."""
-    table = Table(title=f"{spec.name}: validation accuracy (%), weights in {spec.output}")
+    """The validation metric before and after fine-tuning, a row a task; accuracies in percent."""
+    table = Table(title=f"{spec.name}: validation scores, weights in {spec.output}")
     table.add_column("task")
-    for column in ("steps", "base", "fine-tuned", "seconds"):
+    for column in ("metric", "steps", "before", "fine-tuned", "seconds"):
         table.add_column(column, justify="right")
     for result in results:
-        before, after = f"{100 * result.before:.1f}", f"{100 * result.after:.1f}"
-        table.add_row(result.task, str(result.steps), before, after, f"{result.seconds:.0f}")
+        percent = result.metric == "accuracy"
+        before, after = (f"{100 * x:.1f}" if percent else f"{x:.4f}" for x in (result.before, result.after))
+        table.add_row(result.task, result.metric, str(result.steps), before, after, f"{result.seconds:.0f}")
     return table
 
 

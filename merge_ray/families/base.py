@@ -125,12 +125,14 @@ class Family(ABC):
     """A kind of architecture: how its weights are named, built and asked.
 
     name: as in specs. architecture: which member of the family, in the family's own words. needs_heads: whether a
-    task needs a classification head beside the weights. huggingface_model: transformers' class that exports are for.
+    task needs a head beside the weights. has_base: whether models are fine-tuned from a common base.
+    huggingface_model: transformers' class that exports are for.
     """
 
     name: ClassVar[str]
     huggingface_model: ClassVar[str]
     needs_heads: ClassVar[bool] = False
+    has_base: ClassVar[bool] = True
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -160,11 +162,18 @@ class Family(ABC):
     def task_data(
         self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
     ) -> TaskData:
-        """A prepared split on ``device``, cut to ``max_samples``; ``head`` ``[C, D]`` where the family needs heads."""
+        """A prepared split on ``device``, cut to ``max_samples``; ``head`` is from :meth:`read_head`, where needed."""
 
     @abstractmethod
     def export_huggingface(self, state: Mapping[str, Tensor], model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights of ``state`` (native names) and the ``config.json`` of transformers' class ``model``."""
+
+    def read_head(self, task: Task, state: Mapping[str, Tensor]) -> Tensor:
+        """The head of ``task`` from saved weights: ``[C, D]``, or another tensor that :meth:`task_data` understands.
+
+        Raises :class:`CheckpointError` where the weights do not fit.
+        """
+        raise CheckpointError(f"the family {self.name!r} has no heads")
 
     def companions(self) -> Path | None:
         """The directory whose tokenizer goes with exported weights, or None."""

@@ -155,6 +155,13 @@ class ImageFamily(Family):
         ``progress(done, total)`` counts prompts.
         """
 
+    def read_head(self, task: Task, state: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Family.read_head` and :func:`head_from_state`."""
+        head = head_from_state(state)
+        if len(head) != len(task.classes):
+            raise CheckpointError(f"the head of {task.name} has {len(head)} classes, the task has {len(task.classes)}")
+        return head
+
     def open_split(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
     ) -> CachedSplit:

@@ -52,7 +52,7 @@ class Widths:
     their number and the stride of the last one. code: the channels of the compressed code.
     plain, upsampling: the widths of the convolutional decoder's layers before the first up-sampling and from it on,
     where every other layer doubles height and width. hidden: the width of the fully connected decoder; code_size: the
-    height and width of the codes that it takes.
+    height and width of the codes that it takes. image_size: those of the images.
     """
 
     stem: int = 64
@@ -64,10 +64,26 @@ class Widths:
     upsampling: tuple[int, ...] = (64, 64, 32, 32, 16, 32, 16)
     hidden: int = 2048
     code_size: int = 16
+    image_size: int = 256
 
 
 FULL = Widths()
 """The published networks."""
+
+SLIM = Widths(
+    stem=16,
+    planes=(16, 24, 32, 48),
+    blocks=(1, 2, 1, 1),
+    strides=(1, 2, 1, 1),
+    plain=(64,),
+    upsampling=(32, 32, 16, 16, 8),
+    hidden=128,
+    code_size=8,
+    image_size=64,
+)
+"""Networks for the rendered rooms, small enough to be trained on a laptop."""
+
+SIZES = {"full": FULL, "slim": SLIM}
 
 
 class Bottleneck(nn.Module):

@@ -23,9 +23,11 @@ from merge_ray.errors import CheckpointError, SpecError
 from merge_ray.families import Family, ImageEncoder, ImageFamily, find_family
 from merge_ray.families.clip import IMAGE_TOWER, ClipFamily
 from merge_ray.families.flan_t5 import FlanT5Family
+from merge_ray.families.taskonomy import TaskonomyFamily
 from merge_ray.finetune.images import ImagePupil
 from merge_ray.finetune.pretraining import Captioned, PairStream, contrastive_loss
 from merge_ray.finetune.pupil import Pupil, as_saved
+from merge_ray.finetune.scenes import ScenePupil
 from merge_ray.finetune.spec import FinetuneSpec, PretrainSpec
 from merge_ray.finetune.texts import LoraPupil, TextPupil, make_tokenizer, noisy_loss
 from merge_ray.finetune.trainer import ALONE, Trainer, Workers, batch_rows
@@ -39,7 +41,7 @@ TRAINING = "training"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How fine-tuning on a task went: validation accuracy of the base and of the fine-tuned model."""
+    """How fine-tuning on a task went: the validation metric before (of the base) and after."""
 
     task: str
     file: str
@@ -48,6 +50,7 @@ class TaskResult:
     before: float
     after: float
     seconds: float
+    metric: str = "accuracy"
 
 
 def make_base(spec: FinetuneSpec, cache: Path, device: str = "cpu", progress: Progress | None = None) -> Path:
@@ -144,10 +147,10 @@ def finetune_task(
     workers: Workers = ALONE,
     progress: Progress | None = None,
 ) -> TaskResult:
-    """Fine-tune the image tower (its zero-shot head frozen), or the text model, on the task ``name``.
+    """Fine-tune the image tower (its zero-shot head frozen), the text model or a Taskonomy network on ``name``.
 
     Writes ``<task>.safetensors``, or peft's directory ``<task>/`` of a LoRA. The base must be there
-    (:func:`make_base`). Only worker 0 writes. ``progress(done, total)`` counts steps.
+    (:func:`make_base`), where the family has one. Only worker 0 writes. ``progress(done, total)`` counts steps.
     """
     family = open_family(spec)
     train, validation = (_split(spec, name, split, family, cache) for split in ("train", "val"))
@@ -157,7 +160,7 @@ def finetune_task(
     identity = _identity(
         spec,
         recipe=recipe.model_dump(),
-        base=fingerprint_file(base_path),
+        base=fingerprint_file(base_path) if family.has_base else None,
         data=[train.fingerprint, validation.fingerprint],
         words=[classes, templates],
         **({"lora": spec.lora.model_dump()} if spec.lora else {}),
@@ -180,7 +183,7 @@ def finetune_task(
             progress(step, steps)
     after = pupil.score()
     file, seconds = str(path.relative_to(spec.output)), round(time.perf_counter() - started, 2)
-    result = TaskResult(name, file, steps, len(train.labels), before, after, seconds)
+    result = TaskResult(name, file, steps, len(train.labels), before, after, seconds, pupil.metric)
     if workers.rank == 0:
         metadata = _metadata(spec, {"identity": identity, "result": json.dumps(asdict(result))})
         pupil.write(path, getattr(torch, spec.dtype), metadata)
@@ -189,6 +192,8 @@ def finetune_task(
 
 
 def _make_pupil(spec: FinetuneSpec, family: Family, name: str, splits: tuple[Any, Any], device: str) -> Pupil:
+    if isinstance(family, TaskonomyFamily):
+        return ScenePupil(family, *splits, spec.seed, device)
     base, smoothing = read_weights(spec.output / BASE), spec.recipe(name).label_smoothing
     if isinstance(family, ImageFamily):
         return ImagePupil(family, base, open_task(spec.task(name)), *splits, smoothing, device)
@@ -210,7 +215,8 @@ def write_results(spec: FinetuneSpec, results: Sequence[TaskResult]) -> Path:
     training = spec.output / TRAINING
     if training.is_dir():
         shutil.rmtree(training)
-    content = {"name": spec.name, "base": BASE, "tasks": [asdict(result) for result in results]}
+    base = BASE if open_family(spec).has_base else None
+    content = {"name": spec.name, "base": base, "tasks": [asdict(result) for result in results]}
     aside = path.with_suffix(".json.part")
     aside.write_text(json.dumps(content, indent=2) + "\n")
     aside.replace(path)

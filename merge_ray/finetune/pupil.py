@@ -16,9 +16,10 @@ from merge_ray.checkpoints import write_safetensors
 class Pupil(ABC):
     """A model in training on one task.
 
-    module: what is trained; all of its parameters are.
+    module: what is trained; all of its parameters are. metric: what :meth:`score` is.
     """
 
+    metric: str = "accuracy"
     module: nn.Module
 
     @abstractmethod

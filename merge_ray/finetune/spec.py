@@ -77,6 +77,8 @@ class LoraSpec(BaseModel):
 class FinetuneSpec(Recipe):
     """Fine-tune one model per task from a common base; the zero-shot heads of image models stay frozen.
 
+    Taskonomy's networks have no base: each is trained from random weights of its own.
+
     The recipe's fields hold for every task; ``overrides`` replaces some of them for a task.
     """
 
@@ -87,7 +89,7 @@ class FinetuneSpec(Recipe):
     family: str = "clip"
     architecture: str
     base: str | None = None
-    """The location of the base's weights; either this or ``pretrain``."""
+    """The location of the base's weights; either this or ``pretrain``, but for Taskonomy."""
     pretrain: PretrainSpec | None = None
     lora: LoraSpec | None = None
     tasks: list[TaskSpec] = Field(min_length=1)
@@ -101,10 +103,12 @@ class FinetuneSpec(Recipe):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> FinetuneSpec:
-        find_family(self.family, self.architecture)
+        family = find_family(self.family, self.architecture)
         if self.lora is not None and self.family != "flan_t5":
             raise ValueError(f"lora: only flan_t5 is trained so, not {self.family}")
-        if (self.base is None) == (self.pretrain is None):
+        if not family.has_base and not self.base is self.pretrain is None:
+            raise ValueError(f"{self.family} models have no common base; leave out 'base' and 'pretrain'")
+        if family.has_base and (self.base is None) == (self.pretrain is None):
             raise ValueError("give either 'base', the location of its weights, or 'pretrain', to make one")
         names = [task.name for task in self.tasks]
         if doubled := sorted({name for name in names if names.count(name) > 1}):

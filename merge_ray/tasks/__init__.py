@@ -2,6 +2,7 @@
 
 from merge_ray.tasks.cache import CachedSplit, PreparedSplit, cache_directory, overlap
 from merge_ray.tasks.facts import TASK_LISTS
+from merge_ray.tasks.scenes import SceneSplit, prepare_scenes
 from merge_ray.tasks.spec import SOURCES, TaskSpec
 from merge_ray.tasks.task import Task, open_task
 from merge_ray.tasks.text import TextSplit, prepare_text, split_texts
@@ -11,12 +12,14 @@ __all__ = [
     "TASK_LISTS",
     "CachedSplit",
     "PreparedSplit",
+    "SceneSplit",
     "Task",
     "TaskSpec",
     "TextSplit",
     "cache_directory",
     "open_task",
     "overlap",
+    "prepare_scenes",
     "prepare_text",
     "split_texts",
 ]

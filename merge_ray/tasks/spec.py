@@ -14,7 +14,7 @@ from merge_ray.tasks.facts import GLUE_TASKS, PAPER_TASKS
 from merge_ray.tasks.source import Split
 from merge_ray.tasks.torchvision_sets import TORCHVISION_SETS
 
-SOURCES = ("builtin", "parquet", "torchvision", "image_folder")
+SOURCES = ("builtin", "parquet", "torchvision", "image_folder", "taskonomy")
 
 
 class TaskSpec(BaseModel):
@@ -34,6 +34,16 @@ class TaskSpec(BaseModel):
     )
     torchvision: str | None = None
     image_folder: str | None = Field(default=None, description="a directory root/{train,val,test}/class or root/class")
+    taskonomy: str | None = Field(
+        default=None, description="the directory of taskonomy_data/<building>/<folder>, or builtin:rooms"
+    )
+    buildings: dict[Split, list[str]] | None = Field(
+        default=None, description="the buildings of each split; batch norm is reset on those of train"
+    )
+    label: str | None = Field(default=None, description="which of Taskonomy's labels, if the name does not say it")
+    class_weights: list[float] | None = Field(
+        default=None, min_length=17, max_length=17, description="how much pixels of each class count, segment_semantic"
+    )
     root: str = Field(default="data", description="where torchvision's data sets are")
     download: bool = Field(default=False, description="let torchvision download what root lacks")
     image_column: str = "image"

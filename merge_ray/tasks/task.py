@@ -16,6 +16,7 @@ from merge_ray.tasks.cache import CachedSplit, DecodeJob, Progress, ensure_cache
 from merge_ray.tasks.decode import INTERPOLATIONS
 from merge_ray.tasks.facts import DEFAULT_TEMPLATES, Facts, find_facts, words_for
 from merge_ray.tasks.parquet import find_parts, parquet_source
+from merge_ray.tasks.scene_sources import ScenePart, scene_source
 from merge_ray.tasks.source import ImagePart, Source, TextPart, builtin_source, folder_source
 from merge_ray.tasks.spec import TaskSpec
 from merge_ray.tasks.splits import available_splits, part_of, select_rows
@@ -59,7 +60,8 @@ class Task:
             raise DataError(f"unknown interpolation {interpolation!r}: {choose_from(interpolation, INTERPOLATIONS)}")
         part = self.source.parts[part_name]
         if not isinstance(part, ImagePart):
-            raise DataError(f"task {self.name!r} holds texts; this family of models takes images")
+            held = "scenes" if isinstance(part, ScenePart) else "texts"
+            raise DataError(f"task {self.name!r} holds {held}; this family of models takes images")
         # Everything that decides which images are in the cache and how they look; cheap to find out.
         decisive = {
             "spec": self.spec.model_dump(exclude={"classes", "templates", "download", "prompt", "answer"}),
@@ -129,6 +131,8 @@ def _find_source(spec: TaskSpec) -> Source:
     if spec.parquet is not None:
         paths = find_parts(spec.parquet)
         return text_source(spec, paths) or parquet_source(paths, spec.image_column, spec.label_column)
+    if spec.taskonomy is not None:
+        return scene_source(spec.taskonomy, spec.buildings)
     assert spec.image_folder is not None  # TaskSpec has exactly one source
     return folder_source(spec.image_folder)
 
@@ -142,7 +146,9 @@ def _choose_classes(spec: TaskSpec, source: Source, facts: Facts | None) -> list
                 f"{', '.join(own[:10])}{', ...' if len(own) > 10 else ''}"
             )
         return spec.classes
-    if own is not None and (spec.builtin is not None or isinstance(next(iter(source.parts.values())), TextPart)):
+    if own is not None and (
+        spec.builtin is not None or isinstance(next(iter(source.parts.values())), (TextPart, ScenePart))
+    ):
         return list(own)
     if own is not None:
         return words_for(own, facts)

@@ -1,0 +1,230 @@
+"""Taskonomy: encoders that are merged, each task with a decoder of its own (Zamir et al., arXiv:1804.08328)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from merge_ray.bank import Layout
+from merge_ray.errors import CheckpointError, SpecError, choose_from
+from merge_ray.families.base import (
+    Family,
+    Positions,
+    Skeleton,
+    TaskData,
+    evaluation_order,
+    fit_weights,
+    register_family,
+)
+from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, TaskonomyNetwork, make_decoder
+from merge_ray.tasks import PreparedSplit, SceneSplit, Task, prepare_scenes
+from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
+
+MERGING_TASKS = (
+    "class_object", "segment_semantic", "depth_zbuffer", "depth_euclidean", "edge_occlusion", "edge_texture",
+    "keypoints2d", "keypoints3d", "reshading", "normal", "autoencoding", "denoising",
+)  # fmt: skip
+"""The tasks of the paper on training-free merging (Xu et al., arXiv:2403.01753)."""
+
+RELATEDNESS_TASKS = (
+    "autoencoding", "curvature", "denoising", "edge_texture", "edge_occlusion", "keypoints2d", "keypoints3d",
+    "reshading", "depth_zbuffer", "depth_euclidean", "normal", "room_layout", "segment_unsup25d", "segment_unsup2d",
+    "vanishing_point", "segment_semantic", "class_object",
+)  # fmt: skip
+"""The tasks of the paper on relatedness (ModelGiF), in its order."""
+
+ENCODER, DECODER = "encoder.", "decoder."
+COUNTER = "num_batches_tracked"
+
+
+@register_family("taskonomy")
+class TaskonomyFamily(Family):
+    """Taskonomy's networks, native in the published names of the encoder.
+
+    architecture: ``full``, the published size (images of 256 x 256), or ``slim``, for the rendered rooms (64 x 64).
+
+    Weights are the encoder's, as the official ``<task>_encoder-<hash>.pth`` hold them
+    (``torchhub:{task}_encoder-*.pth``), or whole networks with ``encoder.`` and ``decoder.`` before the names. A task's
+    head is its decoder, from ``<task>_decoder-<hash>.pth`` or a whole network.
+
+    Raises :class:`SpecError` for another architecture.
+    """
+
+    huggingface_model = ""
+    needs_heads = True
+    has_base = False
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__(architecture)
+        if architecture not in SIZES:
+            raise SpecError(f"no Taskonomy network is called {architecture!r}; {choose_from(architecture, SIZES)}")
+        self.widths = SIZES[architecture]
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder's tensors, of an encoder or of a whole network."""
+        return _part(state, ENCODER)
+
+    def tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors: the skeleton uses the whole encoder."""
+        return dict(state)
+
+    def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
+        """The encoder over a zeroed flat buffer, its running statistics included."""
+        return TaskonomySkeleton(self.encoder(), layout, extras, device)
+
+    def encoder(self) -> TaskonomyEncoder:
+        """A new encoder of this size with random weights."""
+        return TaskonomyEncoder(self.widths)
+
+    def decoder(self, task: str) -> nn.Module:
+        """A new decoder of this size for ``task``, with random weights."""
+        return make_decoder(task, self.widths)
+
+    def read_head(self, task: Task, state: Mapping[str, Tensor]) -> Tensor:
+        """The decoder's floating-point tensors as one vector, in the order of their names."""
+        with torch.device("meta"):
+            wanted = self.decoder(task.spec.label or task.name).state_dict()
+        tensors = {name: tensor for name, tensor in wanted.items() if tensor.is_floating_point()}
+        return Layout.of(tensors).flatten(fit_weights(tensors, _part(state, DECODER), "cpu"))
+
+    def open_split(
+        self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
+    ) -> SceneSplit:
+        """See :meth:`Family.open_split`: scenes at this size with the task's labels."""
+        return prepare_scenes(task, split, self.widths.image_size, cache, progress)
+
+    def open_images(
+        self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
+    ) -> SceneSplit:
+        """A split's images alone, which need no labels: those that batch norm is reset on."""
+        return prepare_scenes(task, split, self.widths.image_size, cache, progress, labels=False)
+
+    def task_data(
+        self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None
+    ) -> SceneData:
+        """See :meth:`Family.task_data`."""
+        assert head is not None and isinstance(split, SceneSplit)
+        return SceneData(split, self.decoder(split.task), head, device, max_samples)
+
+    def export_huggingface(self, state: Mapping[str, Tensor], model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Not there: transformers has no such model."""
+        raise CheckpointError("transformers has no Taskonomy network; export safetensors")
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under ``prefix`` where the state is of a whole network, or all of them."""
+    if any(name.startswith((ENCODER, DECODER)) for name in state):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return dict(state)
+
+
+class TaskonomySkeleton(Skeleton):
+    """An encoder whose merged parameters and running statistics live in one flat buffer; see :class:`Skeleton`."""
+
+    def __init__(
+        self, encoder: TaskonomyEncoder, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.flat = torch.zeros(layout.size, device=device)
+        wanted = encoder.state_dict()
+        counters = {name: tensor for name, tensor in wanted.items() if name.endswith(COUNTER)}
+        state = fit_weights(wanted, {**counters, **extras, **layout.views(self.flat)}, device)
+        encoder.load_state_dict(state, assign=True)
+        self.encoder = encoder.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Codes ``[B, code, h, w]`` of images float32 ``[B, 3, S, S]`` in [-1, 1]."""
+        codes: Tensor = self.encoder(images)
+        return codes
+
+    def native_state(self) -> dict[str, Tensor]:
+        """The encoder's tensors."""
+        return self.encoder.state_dict()
+
+
+class SceneData(TaskData):
+    """Scenes of some buildings with one task's labels and its decoder; the lower the score, the better.
+
+    labels: int64 ``[N]``, numbers of ``buildings``. Outcomes are each sample's loss and how much it counts, float64
+    ``[N, 2]``. The score is the mean of the buildings' losses.
+    """
+
+    metric = "loss"
+
+    def __init__(
+        self, split: SceneSplit, decoder: nn.Module, head: Tensor, device: torch.device, max_samples: int | None
+    ) -> None:
+        self.split, self.device = split, device
+        self.order = evaluation_order(len(split), max_samples)
+        self.labels = torch.from_numpy(split.labels[self.order])
+        self.buildings = split.classes
+        self.decoder = decoder.to(device).requires_grad_(False).eval()
+        self._head = head.to(device)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the decoder its saved weights and statistics, which a reset of batch norm has changed."""
+        state = self.decoder.state_dict()
+        for name, view in Layout.of(state).views(self._head).items():
+            state[name].copy_(view)
+
+    def network(self, skeleton: Skeleton) -> TaskonomyNetwork:
+        """The skeleton's encoder and this task's decoder; what is done to it is done to them."""
+        assert isinstance(skeleton, TaskonomySkeleton)
+        return TaskonomyNetwork(skeleton.encoder, self.decoder)
+
+    def inputs(self, positions: Positions) -> Tensor:
+        """What the network is shown, float32 ``[B, 3, S, S]`` in [-1, 1]."""
+        return self.split.batch(self._rows(positions), self.device).images
+
+    def logits(self, skeleton: Skeleton, inputs: Tensor) -> Tensor:
+        """The decoder's answers ``[B, C, S, S]``, or ``[B, 1000]``."""
+        answers: Tensor = self.decoder(skeleton(inputs))
+        return answers
+
+    def outcomes_of(self, logits: Tensor, positions: Positions) -> Tensor:
+        """Losses and weights ``[B, 2]`` of answers; raises :class:`FloatingPointError` where they are not finite."""
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("the merged model's answers are not finite")
+        batch = self.split.batch(self._rows(positions), self.device)
+        return sample_losses(self.split.task, logits, batch.targets, batch.weights)
+
+    def losses(self, outcomes: np.ndarray) -> dict[str, tuple[float, float]]:
+        """Every building's loss and its standard error, from the outcomes of the first samples of the order."""
+        labels = self.labels[: len(outcomes)].numpy()
+        return {self.buildings[label]: mean_loss(outcomes[labels == label]) for label in np.unique(labels)}
+
+    def score(self, outcomes: np.ndarray) -> tuple[float, float]:
+        """The mean of the buildings' losses and its standard error."""
+        means, errors = np.array(list(self.losses(outcomes).values())).T
+        return float(means.mean()), float(np.linalg.norm(errors)) / len(errors)
+
+    def average_outcomes(self, batch_size: int, released: bool = False) -> np.ndarray:
+        """The outcomes ``[N, 2]`` of answering every building's scenes with the average of its labels.
+
+        batch_size, released: see :func:`merge_ray.tasks.taskonomy_losses.average_label`.
+        """
+        outcomes = np.empty((len(self), 2))
+        for label in self.labels.unique():
+            rows = np.sort(np.flatnonzero(self.labels.numpy() == int(label)))
+            parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+            batches = (self.split.batch(self.order[part], self.device).targets for part in parts)
+            estimate = average_label(self.split.task, batches, released)
+            for part in parts:
+                outcomes[part] = self.outcomes_of(estimate.expand(len(part), *estimate.shape), part).cpu().numpy()
+        return outcomes
+
+    def scaled(self, outcomes: np.ndarray, average: np.ndarray, pretrained: np.ndarray) -> float:
+        """The scaled performance of ``outcomes`` between the label average's and those of the task's own model."""
+        rows = [[loss for loss, _ in self.losses(part).values()] for part in (outcomes, average, pretrained)]
+        return float(scaled_performance(*map(np.array, rows)))
+
+    def _rows(self, positions: Positions) -> np.ndarray:
+        rows: np.ndarray = self.order[positions.cpu().numpy() if isinstance(positions, Tensor) else positions]
+        return rows
