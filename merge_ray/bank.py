@@ -99,7 +99,8 @@ class Layout:
 class ModelBank:
     """The base model and the task vectors over one layout.
 
-    base: float32 ``[P]``. task_vectors: float32 ``[T, P]``, fine-tuned minus base, both taken to float32 first.
+    base: float32 ``[P]``, zero where the models have none in common. task_vectors: float32 ``[T, P]``, fine-tuned minus
+    base, both taken to float32 first.
     tasks: their names, sorted. extras: the base's tensors that are not merged (integer buffers, and tensors that
     no fine-tuned model has). fingerprint: a hash of all of this.
     """
@@ -114,11 +115,14 @@ class ModelBank:
     @classmethod
     def build(
         cls,
-        base: StateDict,
+        base: StateDict | None,
         finetuned: Mapping[str, StateDict | Callable[[], StateDict]],
         progress: Callable[[int, int], None] | None = None,
     ) -> ModelBank:
         """Lay the models out flat. A callable gives its model when asked, so that one is loaded at a time.
+
+        Without a base (None) the models have none in common: the bank's base is zero, its task vectors are the models
+        themselves, and integer tensors are the mean of theirs, cut to integers.
 
         ``progress(done, total)`` is called after each fine-tuned model. Raises :class:`CheckpointError` naming
         the tensors where a model does not fit the base or the other models, or holds NaN or infinity.
@@ -127,21 +131,35 @@ class ModelBank:
             raise CheckpointError("there are no fine-tuned models to merge")
         tasks = tuple(sorted(finetuned))
         layout: Layout | None = None
+        reference = base
+        integers: dict[str, list[Tensor]] = {}
         for index, task in enumerate(tasks):
             source = finetuned[task]
             state = source() if callable(source) else source
-            _raise_problems(task, _misfits(state, base))
+            if reference is None:
+                reference = state
+            _raise_problems(task, _misfits(state, reference, "the base model" if base is not None else repr(tasks[0])))
             if layout is None:
                 layout = Layout.of(state)
-                flat_base = _flatten_finite("the base model", layout, base)
+                flat_base = torch.zeros(layout.size)
+                if base is not None:
+                    flat_base = _flatten_finite("the base model", layout, base)
                 task_vectors = torch.empty(len(tasks), layout.size)
             _raise_problems(task, _differing_names(state, layout, tasks[0]))
             _flatten_finite(task, layout, state, out=task_vectors[index])
             task_vectors[index] -= flat_base
+            for name in state.keys() - set(layout.names):
+                integers.setdefault(name, []).append(state[name])
             if progress:
                 progress(index + 1, len(tasks))
         assert layout is not None
-        extras = {name: tensor for name, tensor in base.items() if name not in set(layout.names)}
+        if base is not None:
+            extras = {name: tensor for name, tensor in base.items() if name not in set(layout.names)}
+        else:
+            extras = {
+                name: torch.stack(tensors).double().mean(dim=0).to(tensors[0].dtype)
+                for name, tensors in sorted(integers.items())
+            }
         fingerprint = _fingerprint(layout, flat_base, task_vectors, tasks, extras)
         return cls(layout, flat_base, task_vectors, tasks, extras, fingerprint)
 
@@ -194,16 +212,16 @@ class ModelBank:
         return len(self.tasks) * self.model_bytes
 
 
-def _misfits(state: StateDict, base: StateDict) -> list[str]:
-    """What keeps a fine-tuned model from being the base plus a task vector."""
+def _misfits(state: StateDict, base: StateDict, other: str) -> list[str]:
+    """What keeps a fine-tuned model from being the base (or any ``other`` model) plus a task vector."""
     problems = []
     for name, tensor in sorted(state.items()):
         if name not in base:
-            problems.append(f"{name}: not in the base model")
+            problems.append(f"{name}: not in {other}")
         elif tensor.shape != base[name].shape:
-            problems.append(f"{name}: shape {list(tensor.shape)}, in the base model {list(base[name].shape)}")
+            problems.append(f"{name}: shape {list(tensor.shape)}, in {other} {list(base[name].shape)}")
         elif tensor.dtype != base[name].dtype:
-            problems.append(f"{name}: dtype {_dtype(tensor)}, in the base model {_dtype(base[name])}")
+            problems.append(f"{name}: dtype {_dtype(tensor)}, in {other} {_dtype(base[name])}")
     return problems
 
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError, choose_from
+from merge_ray.matching import Group, PermutationGroups
 from merge_ray.space import PerTask, Space
 
-NEEDS = frozenset({"unlabeled", "validation"})
+NEEDS = frozenset({"calibration", "permutation_groups", "unlabeled", "validation"})
 """What a method may ask for beyond the bank: ``validation`` scores merged weights on validation data, ``unlabeled``
-gives samples without their labels."""
+gives samples without their labels, ``permutation_groups`` says which channels of the architecture may be permuted, and
+``calibration`` has statistics of the models' activations."""
 
 
 def param(default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, help: str) -> Any:
@@ -145,6 +147,19 @@ class Unlabeled(Protocol):
     def gradient(self) -> AbstractContextManager[Tensor]: ...
 
 
+class Calibration(Protocol):
+    """Statistics of the activations of all models of the bank, made once and shared by all candidates.
+
+    :class:`merge_ray.statistics.ActivationStatistics` is it.
+    """
+
+    def correlation(self, group: Group) -> Tensor:
+        """The Pearson correlation ``[N C, N C]`` of a group's channels, the models one below the other."""
+
+    def observations(self, group: Group) -> int:
+        """How many values of every channel it rests on: samples times positions."""
+
+
 class MergeInputs:
     """All that a method may see: the bank, a seed, a buffer to merge into, and what it declared to need.
 
@@ -185,6 +200,16 @@ class MergeInputs:
     def unlabeled(self) -> Unlabeled:
         """The unlabelled samples of every task, and the model that answers them."""
         return self._need("unlabeled")
+
+    @property
+    def permutation_groups(self) -> PermutationGroups:
+        """The groups of channels of the architecture that may be permuted together."""
+        return self._need("permutation_groups")
+
+    @property
+    def calibration(self) -> Calibration:
+        """Statistics of the models' activations on unlabelled samples."""
+        return self._need("calibration")
 
     def _need(self, name: str) -> Any:
         if name not in self._needs:
