@@ -64,7 +64,9 @@ class Problem:
 
 def read_models(spec: SweepSpec, family: ImageFamily) -> Iterator[tuple[str, State]]:
     """The base and then every fine-tuned model, by name."""
-    locations = {"base": spec.models.base} | {name: spec.models.finetuned_location(name) for name in spec.task_names}
+    locations = {"base": str(spec.models.base)} | {
+        name: spec.models.finetuned_location(name) for name in spec.task_names
+    }
     for name, location in locations.items():
         yield name, {key: tensor.float() for key, tensor in family.rename(read_weights(location)).items()}
 

@@ -20,12 +20,19 @@ from torch import Tensor
 from merge_ray.families import Positions, Skeleton, TaskData
 from merge_ray.methods.base import Merged, Predictor
 
+References = Mapping[str, Mapping[str, float]]
+"""The fine-tuned models' scores by task and domain: see :meth:`merge_ray.families.TaskData.domains`."""
+
+CALIBRATION_SAMPLES = 512
+
 
 @dataclass(frozen=True)
 class TaskScore:
     """One task's score: ``value`` over ``count`` samples, and how it compares with the fine-tuned model's.
 
-    correct: packed bits, one a sample in order; empty for metrics that are not of single samples.
+    reference: what one whole share of the fine-tuned model's score is worth: that score, or for losses how far the
+    label average's is above it. correct: packed bits, one a sample in order; empty for metrics that are not of single
+    samples. domains: ``domain`` and ``value`` of each, where the data are of several.
     """
 
     task: str
@@ -36,6 +43,7 @@ class TaskScore:
     reference: float
     normalized: float | None
     correct: bytes
+    domains: list[dict[str, Any]]
 
 
 class TaskModel:
@@ -83,6 +91,10 @@ class TaskModel:
         """What is kept of every answer: for accuracy, whether it is right, bool ``[B]``."""
         return self.data.outcomes(self.skeleton, positions)
 
+    def average_outcomes(self, released: bool) -> Tensor:
+        """See :meth:`merge_ray.families.TaskData.average_outcomes`."""
+        return torch.from_numpy(self.data.average_outcomes(self.batch_size, released))
+
     def outcomes_of(self, logits: Tensor, positions: Positions) -> Tensor:
         """The outcomes of given logits ``[B, C]``."""
         return self.data.outcomes_of(logits, positions)
@@ -108,13 +120,20 @@ class Evaluator:
     """Scores merged weights through one skeleton.
 
     data: ``{split: {task: TaskData}}``. shards: how many parts each task's samples are scored in.
+    calibration_samples: on how many samples statistics are made.
     """
 
     def __init__(
-        self, skeleton: Skeleton, data: Mapping[str, Mapping[str, TaskData]], batch_size: int, shards: int
+        self,
+        skeleton: Skeleton,
+        data: Mapping[str, Mapping[str, TaskData]],
+        batch_size: int,
+        shards: int,
+        calibration_samples: int = CALIBRATION_SAMPLES,
     ) -> None:
         self.skeleton = skeleton
         self.shards = shards
+        self.calibration_samples = calibration_samples
         self.models = {
             split: {task: TaskModel(task, split, skeleton, part, batch_size) for task, part in parts.items()}
             for split, parts in data.items()
@@ -128,6 +147,13 @@ class Evaluator:
             for split, models in self.models.items()
         }
         return part
+
+    def calibration_batches(self, split: str) -> Iterator[Any]:
+        """Unlabelled samples of all tasks, as many of each, as the skeleton's body takes them."""
+        models = self.models[split].values()
+        for model in models:
+            for batch in model.data.calibration_batches(model.batch_size, self.calibration_samples // len(models)):
+                yield self.skeleton.body_inputs(batch)
 
     def outcomes(
         self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1
@@ -151,7 +177,7 @@ class Evaluator:
         self,
         outcomes: Mapping[str, np.ndarray],
         split: str,
-        references: Mapping[str, float] | None,
+        references: References | None,
         objective: str,
     ) -> dict[str, Any]:
         """The ledger's columns for the outcomes of every task; see :func:`score_tasks`."""
@@ -167,6 +193,7 @@ class Evaluator:
         else:
             if not merged.shared:
                 merged.write(model.task, self.skeleton.flat)
+            model.data.settle(self.skeleton, model.batch_size, self.calibration_samples)
             ask = model.outcomes
         start, stop = self._bounds(len(model), shard)
         batches = list(model.batches(start, stop))
@@ -181,7 +208,7 @@ class Evaluator:
 
 
 def score_tasks(
-    outcomes: Mapping[str, np.ndarray], data: Mapping[str, TaskData], references: Mapping[str, float] | None
+    outcomes: Mapping[str, np.ndarray], data: Mapping[str, TaskData], references: References | None
 ) -> list[TaskScore]:
     """Each task's metric, its standard error, and its share of the fine-tuned model's.
 
@@ -191,7 +218,8 @@ def score_tasks(
     scores = []
     for task, kept in outcomes.items():
         value, error = data[task].score(kept)
-        reference = references[task] if references else value
+        domains = data[task].domains(kept)
+        normalized, reference = data[task].normalize(kept, references[task] if references else domains)
         scores.append(
             TaskScore(
                 task=task,
@@ -200,8 +228,9 @@ def score_tasks(
                 count=len(kept),
                 standard_error=error,
                 reference=reference,
-                normalized=value / reference if reference else None,
+                normalized=normalized,
                 correct=np.packbits(kept).tobytes() if kept.dtype == bool else b"",
+                domains=[{"domain": name, "value": item} for name, item in domains.items() if name],
             )
         )
     return scores

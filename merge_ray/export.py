@@ -57,7 +57,7 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
                               "model to write; leave --format out for the mapping and a spec that runs it")  # fmt: skip
         return _write_by_sample(spec, row, method, results, output, metadata)
     finetuned = {task: spec.models.finetuned_location(task) for task in spec.task_names}
-    metadata |= {"base": spec.models.base, "finetuned": json.dumps(finetuned)}
+    metadata |= {"base": spec.models.base or "", "finetuned": json.dumps(finetuned)}
     with progress.step("merge"):
         inputs = MergeInputs(bank, seed=int(row["seed"]), needs=method.needs)
         merged = _saved_weights(method, bank, results, row) or method.merge(inputs)
@@ -106,7 +106,7 @@ def _write_by_sample(
         paths.append(output / "mapping.npz")
         shutil.copyfile(results / kept, paths[0])
         parameters |= {"mapping": str(paths[0].resolve()), "steps": 0}
-    locations = {"base": spec.models.base} | {
+    locations = ({"base": spec.models.base} if spec.models.base else {}) | {
         f"finetuned/{task}": spec.models.finetuned_location(task) for task in spec.task_names
     }
     sources = {name: {"location": place, "sha256": fingerprint_file(place)} for name, place in locations.items()}

@@ -26,12 +26,12 @@ def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> t
     or the tensors.
     """
     family = models.open_family()
-    base = family.rename(read_weights(models.base))
+    base = {} if models.base is None else family.rename(read_weights(models.base))
     locations = {task: models.finetuned_location(task) for task in tasks}
     unchanged = {} if all(map(is_adapter, locations.values())) else base
     sources = {task: partial(_read, family, location, base, unchanged) for task, location in locations.items()}
     with progress.counted("read the models") as update:
-        return ModelBank.build(base, sources, update), base
+        return ModelBank.build(base if models.base else None, sources, update), base
 
 
 def _read(

@@ -38,14 +38,21 @@ class ModelsSpec(Strict):
 
     family: str = "clip"
     architecture: str
-    base: str
+    base: str | None = None
+    """Left out for families whose models have none in common."""
     finetuned: str | dict[str, str]
     heads: str | dict[str, str] | None = None
     """Saved classification heads; without them zero-shot heads come from the base's text tower."""
 
     @pydantic.model_validator(mode="after")
     def _family_exists(self) -> ModelsSpec:
-        self.open_family()
+        family = self.open_family()
+        if family.has_base != (self.base is not None):
+            raise ValueError(
+                f"models of the family {self.family!r} are fine-tuned from a base; name it as 'base'"
+                if family.has_base
+                else f"models of the family {self.family!r} have no base in common; leave out 'base'"
+            )
         return self
 
     def open_family(self) -> Family:
@@ -75,6 +82,8 @@ class EvaluationSpec(Strict):
     """A method that learns reports its score on the first shard after each of so many equal parts of its steps."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples a task; the test split is always scored whole."""
+    calibration_samples: int = Field(512, ge=1)
+    """Unlabelled samples that activations are compared on and batch norm is reset on, where a method or family does."""
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
     in the papers; without it they see validation inputs only."""

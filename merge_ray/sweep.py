@@ -28,6 +28,7 @@ from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
+from merge_ray.evaluate import CALIBRATION_SAMPLES, References
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
@@ -75,20 +76,21 @@ class _Sweep:
         self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
         self.ledger, self.rows, self.progress = ledger, rows, progress
 
-    def score_references(self) -> dict[str, dict[str, float]]:
-        """Score the base and every fine-tuned model once on both splits.
+    def score_references(self) -> dict[str, References]:
+        """Score the base, or the average label without one, and every fine-tuned model once on both splits.
 
-        Returns ``{split: {task: score}}`` of the fine-tuned models, by which normalised scores divide.
+        Returns the fine-tuned models' scores by split, by which normalised scores divide.
         """
         splits = ("val", "test")
         with self.progress.step("score the base and the fine-tuned models"):
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            self._score([self._candidate("pretrained", "pretrained", split) for split in splits], references)
+            lower = "pretrained" if self.spec.models.base else "average_label"
+            self._score([self._candidate(lower, lower, split) for split in splits], references)
         return references
 
-    def search(self, references: Mapping[str, Mapping[str, float]]) -> None:
+    def search(self, references: Mapping[str, References]) -> None:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
         evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
@@ -114,7 +116,7 @@ class _Sweep:
                 if (study.spec.name, candidate.identity) not in owned:
                     share(self.ledger, candidate, study.spec.name)
 
-    def confirm(self, references: Mapping[str, Mapping[str, float]]) -> None:
+    def confirm(self, references: Mapping[str, References]) -> None:
         """Score the best candidate of every study on the test split, and keep its artifacts."""
         best: list[Any] = best_candidates(read_rows(self.spec.directory)).to_dict("records")
         with self.progress.step("confirm the best of every study on the test split"):
@@ -143,7 +145,7 @@ class _Sweep:
     def _score(
         self,
         candidates: Sequence[Candidate],
-        references: Mapping[str, Mapping[str, float]] | None,
+        references: Mapping[str, References] | None,
         keep_artifacts: bool = False,
     ) -> None:
         """Score and record the candidates that the ledger does not hold."""
@@ -159,15 +161,14 @@ class _Sweep:
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 
-    def _scores(self, candidate: Candidate) -> dict[str, float]:
+    def _scores(self, candidate: Candidate) -> References:
         """The reference scores from the fine-tuned models' row."""
         row = self.rows[candidate.identity]
         if row["status"] == "failed":
             raise DataError(f"the fine-tuned models cannot be scored on {candidate.split}: {row['error']}")
-        scores = {score["task"]: score["value"] for score in row["tasks"]}
-        if zeros := [task for task, value in scores.items() if value == 0]:
+        if zeros := [score["task"] for score in row["tasks"] if score["value"] == 0]:
             raise DataError(f"the fine-tuned models of {zeros} score 0 on {candidate.split}: do head and labels fit?")
-        return scores
+        return {score["task"]: _domains(score) for score in row["tasks"]}
 
     def _candidate(
         self,
@@ -179,6 +180,14 @@ class _Sweep:
     ) -> Candidate:
         made = make_method(method, parameters or {})
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
+
+
+def _domains(score: Mapping[str, Any]) -> dict[str, float]:
+    """The scores by domain of a row's task; rows from before there were domains have none."""
+    domains = score.get("domains")
+    if domains is None or not len(domains):
+        return {"": score["value"]}
+    return {part["domain"]: part["value"] for part in domains}
 
 
 def _of_pair(parameters: Mapping[str, Any], pair: tuple[str, ...]) -> dict[str, Any]:
@@ -237,13 +246,17 @@ def _prepare_data(
     fingerprints: dict[str, dict[str, str]] = {"val": {}, "test": {}}
     for task in tasks:
         cached = {}
-        # Training images are wanted for overlap alone; built-in tasks have none by their making.
-        trained_on = ("train",) if "train" in task.splits and task.spec.builtin is None else ()
+        # Training images are wanted to calibrate on, or for overlap, of which built-in tasks have none by their making.
+        wanted = task.spec.builtin is None or not family.has_base
+        trained_on = ("train",) if "train" in task.splits and wanted else ()
         for split in (*trained_on, "val", "test"):
+            prepare = family.open_images if split == "train" else family.open_split
             with progress.counted(f"prepare {task.name} {split}") as update:
-                cached[split] = family.open_split(task, split, cache_directory(), update)
+                cached[split] = prepare(task, split, cache_directory(), update)
         for split in fingerprints:
             fingerprints[split][task.name] = cached[split].fingerprint
+            if not family.has_base:
+                fingerprints[split][f"{task.name}/train"] = cached["train"].fingerprint
         for first, second in (("train", "test"), ("val", "test"), ("train", "val")):
             if first in cached and (shared := overlap(cached[first], cached[second])):
                 progress.warn(f"{task.name}: {shared} samples of {second} are in {first}, too; its scores may flatter")
@@ -256,7 +269,7 @@ def _fingerprints(
     head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
     hashed_heads = fingerprint_of(head_parts)
     # What is as it always was is left out, so that ledgers from before it existed stay valid.
-    new = {"transductive": False, "learning_reports": 5}
+    new = {"transductive": False, "learning_reports": 5, "calibration_samples": CALIBRATION_SAMPLES}
     left_out = {"batch_size"} | {name for name, off in new.items() if getattr(spec.evaluation, name) == off}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     return Fingerprints(

@@ -84,7 +84,7 @@ class Shipped:
     def __init__(self) -> None:
         [spec] = load_sweeps(SWEEPS / "quickstart_text.yaml")
         self.family = spec.models.open_family()
-        base = read_weights(spec.models.base)
+        base = read_weights(str(spec.models.base))
         tuned = {task: read_weights(spec.models.finetuned_location(task)) for task in spec.task_names}
         self.bank = ModelBank.build(base, tuned)
         self.skeleton = self.family.skeleton(self.bank, "cpu")
@@ -151,5 +151,5 @@ def test_a_sweep_over_texts_ends_with_a_leaderboard(tmp_path: Path, ray_cluster:
     assert {"task_arithmetic", "finetuned", "pretrained"} <= set(table["study"])
     [path] = export_merge(results, "task_arithmetic", tmp_path / "export", "huggingface", Progress())
     family = find_family("flan_t5", str(path))
-    assert set(family.rename(read_weights(path))) == set(read_weights(spec.models.base))
+    assert set(family.rename(read_weights(path))) == set(read_weights(str(spec.models.base)))
     assert (path / "tokenizer.json").is_file()

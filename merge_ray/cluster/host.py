@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import torch
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
 from merge_ray.cluster.learned import Learned
-from merge_ray.evaluate import Evaluator, UnlabeledSamples
+from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
-from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method
+from merge_ray.matching import PermutationGroups
+from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method, WithOwnTensors
 from merge_ray.spec import EvaluationSpec, ModelsSpec
+from merge_ray.statistics import ActivationStatistics
 from merge_ray.tasks import TaskSpec, open_task
 
 
@@ -66,7 +68,10 @@ class ModelHost:
             {split: self._load(family, split) for split in ("val", "test")},
             setup.evaluation.batch_size,
             setup.evaluation.shards,
+            setup.evaluation.calibration_samples,
         )
+        self.family = family
+        self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
         self.cache = MergeCache(self.bank.base.nbytes)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
@@ -81,6 +86,8 @@ class ModelHost:
             prepared = family.open_split(open_task(spec), split, self.setup.cache)
             head = torch.from_numpy(self.setup.heads[spec.name].copy()) if family.needs_heads else None
             data[spec.name] = family.task_data(prepared, head, self.device, limit)
+            if not family.has_base:
+                data[spec.name].calibration = family.open_images(open_task(spec), "train", self.setup.cache)
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
@@ -99,7 +106,7 @@ class ModelHost:
         self,
         candidate: Candidate,
         shard: int | None,
-        references: Mapping[str, float] | None,
+        references: References | None,
         learned: Learned | None = None,
         *shares: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class ModelHost:
             return self.merged
         make: Callable[[], Merged]
         if learned is None:
-            make = partial(self._begin(candidate).merge, self.inputs)
+            make = partial(self._merge_own, self._begin(candidate))
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
@@ -163,6 +170,11 @@ class ModelHost:
         self.seconds_merge = time.perf_counter() - started
         self.merged, self.shards = merged, []
         return merged
+
+    def _merge_own(self, method: Method) -> Merged:
+        merged = method.merge(self.inputs)
+        own = self.family.own_tensors
+        return merged if not own or merged.keeps_own else WithOwnTensors(merged.resolved, merged, self.inputs.bank, own)
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
         """The candidate's learner where ``learned`` left off: the last one if it stands there."""
@@ -199,8 +211,26 @@ class ModelHost:
             },
             needs=method.needs,
         )
+        if method.needs & {"permutation_groups", "calibration"}:
+            self.inputs.provide(permutation_groups=self.groups, calibration=self._calibration(candidate.pair))
         self.candidate = candidate.identity
         return method
+
+    @cached_property
+    def groups(self) -> PermutationGroups:
+        """The channels that may be matched; raises :class:`CheckpointError` where there are none."""
+        return self.family.permutation_groups(self.evaluator.skeleton)
+
+    def _calibration(self, pair: tuple[str, ...]) -> ActivationStatistics:
+        """The activations' statistics of a pair of models, or of all, which are made once."""
+        if pair not in self.calibrations:
+            # Those of earlier pairs have had their candidates, or will be made again.
+            self.calibrations.clear()
+            skeleton, batches = self.evaluator.skeleton, list(self.asked.calibration_batches("val"))
+            self.calibrations[pair] = ActivationStatistics(
+                skeleton.body, skeleton.flat, self.inputs.bank, self.groups, batches
+            )
+        return self.calibrations[pair]
 
     def _forget(self) -> None:
         self.candidate = ""

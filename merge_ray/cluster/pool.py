@@ -18,6 +18,7 @@ from merge_ray.candidate import Candidate
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup, ModelHost
 from merge_ray.errors import MergeRayError
+from merge_ray.evaluate import References
 from merge_ray.spec import HostsSpec
 
 MOST_CPU_HOSTS = 8
@@ -99,14 +100,14 @@ class HostPool:
     def score_all(
         self,
         candidates: Sequence[Candidate],
-        references: Mapping[str, Mapping[str, float]] | None,
+        references: Mapping[str, References] | None,
         learn: Callable[[Candidate, Any], ray.ObjectRef | None],
     ) -> Iterator[tuple[Candidate, dict[str, Any] | Exception, Callable[[], ray.ObjectRef]]]:
         """Score whole candidates side by side; yields each with its report or its error, and a call for its artifacts.
 
         Hosts that would be idle share the samples of one candidate; each of them merges it.
 
-        references: ``{split: {task: score}}`` of the fine-tuned models, or None while they are being scored.
+        references: the fine-tuned models' scores by split, or None while they are being scored.
         learn: ``learn(candidate, host)`` gives what the candidate has learned, None where it does not learn.
         """
         waiting = list(candidates)

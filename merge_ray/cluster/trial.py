@@ -38,7 +38,7 @@ class MergeTrainable(tune.Trainable):
         templates: dict[str, Candidate] | None = None,
         hosts: list[Any] | None = None,
         ledger: Any = None,
-        references: dict[str, float] | None = None,
+        references: dict[str, Any] | None = None,
         shards: int = 1,
         learning_reports: int = 5,
     ) -> None:

@@ -20,6 +20,7 @@ from merge_ray.cluster.ledger import record
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
 from merge_ray.errors import LedgerError
+from merge_ray.evaluate import References
 from merge_ray.search import Outcome
 from merge_ray.spec import EvaluationSpec
 from merge_ray.study import Study, outcome_of
@@ -117,7 +118,7 @@ def run_studies(
     studies: Sequence[Study],
     pool: HostPool,
     ledger: Any,
-    references: Mapping[str, float],
+    references: References,
     evaluation: EvaluationSpec,
     directory: Path,
     progress: Callable[[], None],

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import Layout, ModelBank
-from merge_ray.errors import CheckpointError, SpecError, choose_from
+from merge_ray.errors import CheckpointError, ParameterError, SpecError, choose_from
+from merge_ray.matching import PermutationGroups
 from merge_ray.tasks import PreparedSplit, Task
 
 Positions = slice | np.ndarray | Tensor
@@ -39,6 +40,15 @@ class Skeleton(nn.Module):
 
     layout: Layout
     flat: Tensor
+
+    @property
+    def body(self) -> nn.Module:
+        """The part whose channels may be matched: paths of :class:`merge_ray.matching.PermutationGroups` are its."""
+        return self
+
+    def body_inputs(self, inputs: Any) -> Any:
+        """What :attr:`body` takes for :meth:`TaskData.inputs`."""
+        return inputs
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
@@ -89,6 +99,8 @@ class TaskData(ABC):
 
     metric: str = "accuracy"
     labels: Tensor
+    calibration: PreparedSplit | None = None
+    """Samples that statistics of a model are made on, where the family makes them anew after every merge."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,12 +132,41 @@ class TaskData(ABC):
         value = float(outcomes.mean())
         return value, math.sqrt(value * (1 - value) / len(outcomes))
 
+    def domains(self, outcomes: np.ndarray) -> dict[str, float]:
+        """The metric in each domain that the data are of, such as buildings; one without a name if they are of none."""
+        return {"": self.score(outcomes)[0]}
+
+    def normalize(self, outcomes: np.ndarray, reference: Mapping[str, float]) -> tuple[float | None, float]:
+        """The outcomes' score as a share of the fine-tuned model's, and the score that a whole share is worth.
+
+        reference: the :meth:`domains` of the fine-tuned model. None for a share of nothing.
+        """
+        [whole] = reference.values()
+        return (self.score(outcomes)[0] / whole if whole else None), whole
+
+    def average_outcomes(self, batch_size: int, released: bool = False) -> np.ndarray:
+        """The outcomes of answering every sample with the average of the labels.
+
+        Raises :class:`ParameterError` for labels that have none.
+        """
+        raise ParameterError("these labels have no average to answer with")
+
+    def calibration_batches(self, batch_size: int, samples: int) -> Iterator[Any]:
+        """At most so many unlabelled samples in batches of :meth:`inputs`, for statistics of activations."""
+        for start in range(0, min(samples, len(self)), batch_size):
+            yield self.inputs(slice(start, min(start + batch_size, samples, len(self))))
+
+    def settle(self, skeleton: Skeleton, batch_size: int, samples: int) -> None:  # noqa: B027  # nothing, for most
+        """Make anew what depends on the weights that the skeleton was just given: statistics of batch norm."""
+
 
 class Family(ABC):
     """A kind of architecture: how its weights are named, built and asked.
 
     name: as in specs. architecture: which member of the family, in the family's own words. needs_heads: whether a
-    task needs a head beside the weights. has_base: whether models are fine-tuned from a common base.
+    task needs a head beside the weights. has_base: whether models are fine-tuned from a common base;
+    without one, batch norm is reset on the images of :meth:`open_images`. own_tensors: what every task keeps of its own
+    model when models are merged tensor by tensor.
     huggingface_model: transformers' class that exports are for.
     """
 
@@ -133,6 +174,7 @@ class Family(ABC):
     huggingface_model: ClassVar[str]
     needs_heads: ClassVar[bool] = False
     has_base: ClassVar[bool] = True
+    own_tensors: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -174,6 +216,19 @@ class Family(ABC):
         Raises :class:`CheckpointError` where the weights do not fit.
         """
         raise CheckpointError(f"the family {self.name!r} has no heads")
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """The channels that may be permuted together, by the layout's names and the paths of ``skeleton.body``.
+
+        Raises :class:`CheckpointError` naming what is in the way.
+        """
+        raise CheckpointError(f"no permutation groups are known for the family {self.name!r}")
+
+    def open_images(
+        self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
+    ) -> PreparedSplit:
+        """A split's samples without their labels; see :meth:`open_split`."""
+        return self.open_split(task, split, cache, progress)
 
     def companions(self) -> Path | None:
         """The directory whose tokenizer goes with exported weights, or None."""

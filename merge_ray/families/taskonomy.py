@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from merge_ray.families.base import (
     register_family,
 )
 from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, TaskonomyNetwork, make_decoder
+from merge_ray.matching import PermutationGroups, derive_groups
+from merge_ray.statistics import reset_batch_norm
 from merge_ray.tasks import PreparedSplit, SceneSplit, Task, prepare_scenes
 from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
 
@@ -38,6 +40,8 @@ RELATEDNESS_TASKS = (
 )  # fmt: skip
 """The tasks of the paper on relatedness (ModelGiF), in its order."""
 
+AVERAGED = 64
+"""Samples of a batch when labels are averaged; the average does not depend on it."""
 ENCODER, DECODER = "encoder.", "decoder."
 COUNTER = "num_batches_tracked"
 
@@ -58,6 +62,7 @@ class TaskonomyFamily(Family):
     huggingface_model = ""
     needs_heads = True
     has_base = False
+    own_tensors = frozenset({"compress1.weight"})
 
     def __init__(self, architecture: str) -> None:
         super().__init__(architecture)
@@ -91,6 +96,13 @@ class TaskonomyFamily(Family):
             wanted = self.decoder(task.spec.label or task.name).state_dict()
         tensors = {name: tensor for name, tensor in wanted.items() if tensor.is_floating_point()}
         return Layout.of(tensors).flatten(fit_weights(tensors, _part(state, DECODER), "cpu"))
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """See :meth:`Family.permutation_groups`; every task keeps its compression, batch norm included."""
+        assert isinstance(skeleton, TaskonomySkeleton)
+        example = torch.zeros(1, 3, self.widths.image_size, self.widths.image_size, device=skeleton.flat.device)
+        own = [name for name in skeleton.layout.names if name.startswith("compress")]
+        return derive_groups(skeleton.encoder, example, own=own)
 
     def open_split(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
@@ -142,6 +154,11 @@ class TaskonomySkeleton(Skeleton):
         """Codes ``[B, code, h, w]`` of images float32 ``[B, 3, S, S]`` in [-1, 1]."""
         codes: Tensor = self.encoder(images)
         return codes
+
+    @property
+    def body(self) -> nn.Module:
+        """See :attr:`Skeleton.body`: the encoder."""
+        return self.encoder
 
     def native_state(self) -> dict[str, Tensor]:
         """The encoder's tensors."""
@@ -195,6 +212,34 @@ class SceneData(TaskData):
         batch = self.split.batch(self._rows(positions), self.device)
         return sample_losses(self.split.task, logits, batch.targets, batch.weights)
 
+    def domains(self, outcomes: np.ndarray) -> dict[str, float]:
+        """See :meth:`TaskData.domains`: the loss in each building."""
+        return {building: loss for building, (loss, _) in self.losses(outcomes).items()}
+
+    def normalize(self, outcomes: np.ndarray, reference: Mapping[str, float]) -> tuple[float | None, float]:
+        """See :meth:`TaskData.normalize`: the scaled performance, 1 for the task's own model, 0 for the label average.
+
+        The paper's figure, see :func:`merge_ray.tasks.taskonomy_losses.scaled_performance`.
+        """
+        average = self.domains(self.average_outcomes(AVERAGED)[: len(outcomes)])
+        rows = [[part[building] for building in average] for part in (self.domains(outcomes), average)]
+        own = np.array([reference[building] for building in average])
+        losses, estimator = map(np.array, rows)
+        return float(scaled_performance(losses, estimator, own)), float(np.mean(estimator - own))
+
+    def calibration_batches(self, batch_size: int, samples: int) -> Iterator[Tensor]:
+        """See :meth:`TaskData.calibration_batches`: images of the buildings that batch norm is reset on."""
+        assert isinstance(self.calibration, SceneSplit)
+        rows = evaluation_order(len(self.calibration), samples)
+        for start in range(0, len(rows), batch_size):
+            part = np.sort(rows[start : start + batch_size])
+            yield self.calibration.images(part, self.split.task, self.device)
+
+    def settle(self, skeleton: Skeleton, batch_size: int, samples: int) -> None:
+        """See :meth:`TaskData.settle`: batch norm of the encoder and of the decoder is reset."""
+        self.restore()
+        reset_batch_norm([self.network(skeleton)], self.calibration_batches(batch_size, samples))
+
     def losses(self, outcomes: np.ndarray) -> dict[str, tuple[float, float]]:
         """Every building's loss and its standard error, from the outcomes of the first samples of the order."""
         labels = self.labels[: len(outcomes)].numpy()
@@ -219,11 +264,6 @@ class SceneData(TaskData):
             for part in parts:
                 outcomes[part] = self.outcomes_of(estimate.expand(len(part), *estimate.shape), part).cpu().numpy()
         return outcomes
-
-    def scaled(self, outcomes: np.ndarray, average: np.ndarray, pretrained: np.ndarray) -> float:
-        """The scaled performance of ``outcomes`` between the label average's and those of the task's own model."""
-        rows = [[loss for loss, _ in self.losses(part).values()] for part in (outcomes, average, pretrained)]
-        return float(scaled_performance(*map(np.array, rows)))
 
     def _rows(self, positions: Positions) -> np.ndarray:
         rows: np.ndarray = self.order[positions.cpu().numpy() if isinstance(positions, Tensor) else positions]

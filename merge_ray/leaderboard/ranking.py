@@ -14,7 +14,7 @@ from merge_ray.errors import LedgerError, choose_from
 from merge_ray.leaderboard.rows import read_rows, widen
 from merge_ray.leaderboard.significance import standard_error, within_noise
 
-REFERENCES = ("pretrained", "finetuned")
+REFERENCES = ("average_label", "pretrained", "finetuned")
 """The methods that others are measured against; the leaderboard shows them without a rank."""
 
 SEARCH = ["sweep", "study", "pair"]

@@ -25,6 +25,7 @@ TASK_SCORE = pa.struct(
         ("reference", pa.float64()),
         ("normalized", pa.float64()),
         ("correct", pa.binary()),
+        ("domains", pa.list_(pa.struct([("domain", pa.string()), ("value", pa.float64())]))),
     ]
 )
 """One task's score in a row. ``correct`` is ``np.packbits`` of the samples' correctness in evaluation order."""

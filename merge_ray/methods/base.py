@@ -49,6 +49,8 @@ class Merged(ABC):
     resolved: Method
     shared: bool
     notes: tuple[str, ...] = ()
+    keeps_own: bool = False
+    """Whether tensors that a family leaves to each task are in the weights, task by task."""
 
     @abstractmethod
     def write(self, task: str, out: Tensor) -> None:
@@ -82,10 +84,45 @@ class SharedWeights(Merged):
         return self.bank.model_bytes
 
 
+@dataclasses.dataclass
+class WithOwnTensors(Merged):
+    """Merged weights, but for some tensors that every task has from its own model."""
+
+    resolved: Method
+    merged: Merged
+    bank: ModelBank
+    own: frozenset[str]
+    shared = False
+    keeps_own = True
+
+    def __post_init__(self) -> None:
+        self.notes = self.merged.notes
+
+    def write(self, task: str, out: Tensor) -> None:
+        """See :meth:`Merged.write`."""
+        self.merged.write(task, out)
+        row = self.bank.task_vectors[self.bank.tasks.index(task)]
+        for entry in self.bank.layout.entries:
+            if entry.name in self.own:
+                columns = slice(entry.offset, entry.offset + entry.size)
+                out[columns] = self.bank.base[columns] + row[columns]
+
+    def storage_bytes(self) -> int:
+        """What the merge needs, and the own tensors of every task but one."""
+        entries = [entry for entry in self.bank.layout.entries if entry.name in self.own]
+        own = sum(entry.size * entry.dtype.itemsize for entry in entries)
+        return self.merged.storage_bytes() + (len(self.bank.tasks) - 1) * own
+
+    def artifacts(self) -> dict[str, np.ndarray]:
+        """Those of the merge."""
+        return self.merged.artifacts()
+
+
 class Predictor(Merged):
     """The answer of a method whose weights depend on the sample: it answers the samples itself."""
 
     shared = False
+    keeps_own = True
 
     @abstractmethod
     def outcomes(self, model: TaskModel, positions: Any) -> Tensor:
@@ -132,6 +169,8 @@ class TaskModel(Protocol):
     def outcomes(self, positions: Any) -> Tensor: ...
 
     def outcomes_of(self, logits: Tensor, positions: Any) -> Tensor: ...
+
+    def average_outcomes(self, released: bool) -> Tensor: ...
 
 
 class Unlabeled(Protocol):
@@ -210,6 +249,10 @@ class MergeInputs:
     def calibration(self) -> Calibration:
         """Statistics of the models' activations on unlabelled samples."""
         return self._need("calibration")
+
+    def provide(self, **resources: Any) -> None:
+        """Answer more of the method's needs."""
+        self._resources.update(resources)
 
     def _need(self, name: str) -> Any:
         if name not in self._needs:

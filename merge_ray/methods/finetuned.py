@@ -29,6 +29,7 @@ class OwnWeights(Merged):
     bank: ModelBank
     coefficient: float = 1.0
     shared = False
+    keeps_own = True
 
     def write(self, task: str, out: Tensor) -> None:
         """See :meth:`Merged.write`."""

@@ -72,6 +72,7 @@ class MatchedWeights(Merged):
     memberships: Memberships
     weights: Tensor
     notes: tuple[str, ...] = ()
+    keeps_own = True
 
     @classmethod
     def mean(

@@ -58,6 +58,11 @@ class SceneSplit(PreparedSplit):
         directories = {name: Path(str(layer.filename)).parent for name, layer in self.layers.items()}
         return SceneSplit.open, (self.task, directories, self.labels, self.classes, self.class_weights)
 
+    def images(self, rows: np.ndarray, task: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """What a network of ``task`` is shown of the samples ``rows``; no labels are needed."""
+        shown = to_floats(torch.from_numpy(self.layers[IMAGE][rows]).to(device))
+        return make_batch(task if task == "denoising" else "autoencoding", {IMAGE: shown}).images
+
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """The samples ``rows`` on ``device``."""
         layers = {name: torch.from_numpy(layer[rows]).to(device) for name, layer in self.layers.items()}
