@@ -316,7 +316,7 @@ def test_losers_are_stopped_while_they_learn_and_a_loss_without_a_number_fails_i
     pool = HostPool([StandIn.remote()], [])  # type: ignore[attr-defined]
     ledger = start_results_actor(tmp_path, f"{tmp_path.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=2), tmp_path, lambda: None)
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=2), tmp_path, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

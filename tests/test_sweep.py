@@ -260,7 +260,7 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     pool = HostPool([host], [])
     ledger = start_results_actor(directory, f"{directory.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": 1.0}, EvaluationSpec(shards=1), directory, lambda: None)
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -183,6 +183,7 @@ class SceneData(TaskData):
         self.buildings = split.classes
         self.decoder = decoder.to(device).requires_grad_(False).eval()
         self._head = head.to(device)
+        self._averages: dict[tuple[int, bool], np.ndarray] = {}
         self.restore()
 
     def restore(self) -> None:
@@ -251,10 +252,15 @@ class SceneData(TaskData):
         return float(means.mean()), float(np.linalg.norm(errors)) / len(errors)
 
     def average_outcomes(self, batch_size: int, released: bool = False) -> np.ndarray:
-        """The outcomes ``[N, 2]`` of answering every building's scenes with the average of its labels.
+        """The outcomes ``[N, 2]`` of answering every building's scenes with the average of its labels, made once.
 
         batch_size, released: see :func:`merge_ray.tasks.taskonomy_losses.average_label`.
         """
+        if (batch_size, released) not in self._averages:
+            self._averages[batch_size, released] = self._answer_averages(batch_size, released)
+        return self._averages[batch_size, released]
+
+    def _answer_averages(self, batch_size: int, released: bool) -> np.ndarray:
         outcomes = np.empty((len(self), 2))
         for label in self.labels.unique():
             rows = np.sort(np.flatnonzero(self.labels.numpy() == int(label)))
