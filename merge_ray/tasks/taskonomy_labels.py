@@ -154,15 +154,12 @@ LAYERS = {
 }
 """The images, the holes of the scan, and each task's labels."""
 
+_UNMASKED = ("class_object", "edge_texture", "segment_semantic")
 TASK_LAYERS = {
     "autoencoding": (IMAGE,),
     "denoising": (IMAGE,),
-    **{task: (IMAGE, task) for task in ("class_object", "edge_texture", "segment_semantic")},
-    **{
-        task: (IMAGE, task, MASK)
-        for task in LAYERS
-        if task not in (IMAGE, MASK, "class_object", "edge_texture", "segment_semantic")
-    },
+    **{task: (IMAGE, task) for task in _UNMASKED},
+    **{task: (IMAGE, task, MASK) for task in LAYERS if task not in (IMAGE, MASK, *_UNMASKED)},
 }
 """What each task's samples are made of."""
 

@@ -35,7 +35,7 @@ BUILDINGS: dict[str, dict[str, int]] = {
 ROOM_CLASSES = ("wall", "floor", "ceiling", "picture", "ball", "box")
 """Numbered from 1 in the class maps."""
 WALL, FLOOR, CEILING, PICTURE, BALL, BOX = range(1, 7)
-BALLS, BOXES = 2, 3
+BALLS, BOXES = 3, 4
 Array = np.ndarray
 
 
@@ -81,9 +81,9 @@ def _furnish(rng: np.random.Generator, style: Array, scale: float, count: int) -
         low, high = np.asarray(low), np.asarray(high)
         return (low + (high - low) * rng.random((count, *shape))).astype(np.float32)
 
-    size = draw([3.5, 2.4, 4.0], [6.0, 3.2, 7.0], 3) * np.float32(scale)
+    size = draw([2.5, 2.3, 3.0], [9.0, 3.8, 11.0], 3) * np.float32(scale)
     eye = size * draw([0.3, 0.45, 0.04], [0.7, 0.65, 0.12], 3)
-    turn, pitch = draw(-0.5, 0.5), draw(-0.35, 0.05)
+    turn, pitch = draw(-0.8, 0.8), draw(-0.4, 0.1)
     zero = np.zeros_like(turn)
     right = np.stack([np.cos(turn), zero, -np.sin(turn)], axis=1)
     forward = np.stack([np.sin(turn) * np.cos(pitch), np.sin(pitch), np.cos(turn) * np.cos(pitch)], axis=1)
