@@ -177,8 +177,9 @@ def _see_heads(seen: dict[str, Tensor], path: str, module: Any, inputs: tuple[An
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     width = module.embed_dim
-    copied.out_proj = nn.Linear(width, width, bias=False)
-    copied.out_proj.weight = nn.Parameter(torch.eye(width), requires_grad=False)
+    copied.out_proj = nn.Linear(width, width, device="meta")
+    copied.out_proj.weight = nn.Parameter(torch.eye(width, device=inputs[0].device), requires_grad=False)
+    copied.out_proj.bias = nn.Parameter(torch.zeros(width, device=inputs[0].device), requires_grad=False)
     heads, _ = copied.forward(*inputs, **options)
     seen[path] = heads.movedim(-1, 0).flatten(1)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.errors import CheckpointError, SpecError, choose_from
+from merge_ray.matching import PermutationGroups
 from merge_ray.tasks import PreparedSplit, Task
 
 Positions = slice | np.ndarray | Tensor
@@ -174,6 +175,14 @@ class Family(ABC):
         Raises :class:`CheckpointError` where the weights do not fit.
         """
         raise CheckpointError(f"the family {self.name!r} has no heads")
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """The groups of channels that may be permuted together, observed in ``skeleton``.
+
+        Raises :class:`SpecError` where the family has none, and :class:`CheckpointError` naming the module in which
+        channels cannot be followed.
+        """
+        raise SpecError(f"the family {self.name!r} has no permutation groups; methods that match channels cannot run")
 
     def companions(self) -> Path | None:
         """The directory whose tokenizer goes with exported weights, or None."""

@@ -21,6 +21,7 @@ from merge_ray.families.base import (
     find_family,
     fit_weights,
 )
+from merge_ray.matching import PermutationGroups, derive_groups
 from merge_ray.tasks import CachedSplit, PreparedSplit, Task
 
 
@@ -167,6 +168,12 @@ class ImageFamily(Family):
     ) -> CachedSplit:
         """See :meth:`Family.open_split`: images decoded for this family's preprocessing."""
         return task.cached(split, self.preprocessing.size, self.preprocessing.interpolation, cache, progress)
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """See :meth:`Family.permutation_groups`: followed through the tower."""
+        assert isinstance(skeleton, ImageSkeleton)
+        example = torch.zeros(1, 3, self.preprocessing.size, self.preprocessing.size, device=skeleton.flat.device)
+        return derive_groups(skeleton.tower, example, prefix=skeleton.prefix, path="tower.")
 
     def task_data(
         self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None

@@ -22,6 +22,7 @@ from merge_ray.families.base import (
     register_family,
 )
 from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, TaskonomyNetwork, make_decoder
+from merge_ray.matching import PermutationGroups, derive_groups
 from merge_ray.tasks import PreparedSplit, SceneSplit, Task, prepare_scenes
 from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
 
@@ -40,6 +41,8 @@ RELATEDNESS_TASKS = (
 
 ENCODER, DECODER = "encoder.", "decoder."
 COUNTER = "num_batches_tracked"
+COMPRESSION = "compress"
+"""What the names of the encoder's last convolution and batch norm begin with."""
 
 
 @register_family("taskonomy")
@@ -76,6 +79,13 @@ class TaskonomyFamily(Family):
     def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
         """The encoder over a zeroed flat buffer, its running statistics included."""
         return TaskonomySkeleton(self.encoder(), layout, extras, device)
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """See :meth:`Family.permutation_groups`: every task keeps the compression after matching."""
+        assert isinstance(skeleton, TaskonomySkeleton)
+        example = torch.zeros(1, 3, self.widths.image_size, self.widths.image_size, device=skeleton.flat.device)
+        own = [name for name in skeleton.layout.names if name.startswith(COMPRESSION)]
+        return derive_groups(skeleton.encoder, example, path="encoder.", own=own)
 
     def encoder(self) -> TaskonomyEncoder:
         """A new encoder of this size with random weights."""
