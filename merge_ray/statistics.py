@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
+from merge_ray.errors import DataError
 from merge_ray.matching import Group, PermutationGroups, correlation_of
 
 
@@ -99,7 +100,7 @@ class ActivationStatistics:
     ) -> None:
         """``skeleton`` takes the ``batches`` ``[B, ...]`` and has its weights in ``flat`` ``[P]``, left as it was.
 
-        The groups' activations are paths in ``skeleton``.
+        The groups' activations are paths in ``skeleton``. Asking raises :class:`DataError` where there are no batches.
         """
         self._skeleton, self._flat, self._bank = skeleton, flat, bank
         self._groups, self._batches = groups, batches
@@ -121,6 +122,8 @@ class ActivationStatistics:
             self._flat.copy_(kept)
             for module, mode in modes.items():
                 module.training = mode
+        if not all(moment.observations for moment in moments.values()):
+            raise DataError("there are no samples to observe activations on")
         return moments
 
     def _features(self, batch: Tensor) -> dict[str, Tensor]:

@@ -100,11 +100,11 @@ def test_what_is_observed_are_the_groups_channels(name: str) -> None:
 
 @torch.no_grad()
 def test_the_input_of_attentions_output_layer_is_observed() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
     tokens = torch.randn(3, 5, 8)
-    with observed(model, ["0.out_proj"]) as seen:
-        output, _ = model[0](tokens, tokens, tokens)
-    torch.testing.assert_close(model[0].out_proj(seen["0.out_proj"].T).view(3, 5, 8), output)
+    with observed(Wrapped(attention), ["inner.out_proj"]) as seen:
+        output, _ = attention(tokens, tokens, tokens)
+    torch.testing.assert_close(attention.out_proj(seen["inner.out_proj"].T).view(3, 5, 8), output)
 
 
 def test_heads_and_groups_are_known() -> None:
