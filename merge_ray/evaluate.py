@@ -149,11 +149,10 @@ class Evaluator:
         return part
 
     def calibration_batches(self, split: str) -> Iterator[Any]:
-        """Unlabelled samples of all tasks, as many of each, as the skeleton's body takes them."""
+        """Unlabelled samples of all tasks, as many of each, as the skeleton takes them."""
         models = self.models[split].values()
         for model in models:
-            for batch in model.data.calibration_batches(model.batch_size, self.calibration_samples // len(models)):
-                yield self.skeleton.body_inputs(batch)
+            yield from model.data.calibration_batches(model.batch_size, self.calibration_samples // len(models))
 
     def outcomes(
         self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1

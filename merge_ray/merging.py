@@ -17,7 +17,8 @@ from merge_ray import kernels
 from merge_ray.bank import ModelBank, StateDict
 from merge_ray.checkpoints import fingerprint_file, read_finetuned, read_weights, write_open_clip, write_safetensors
 from merge_ray.errors import ParameterError, choose_from
-from merge_ray.methods.base import Merged, MergeInputs, Method, Unlabeled, make_method
+from merge_ray.matching import PermutationGroups
+from merge_ray.methods.base import Calibration, Merged, MergeInputs, Method, Unlabeled, make_method
 
 Source = StateDict | str | Path
 WRITERS = {"safetensors": write_safetensors, "open_clip": write_open_clip}
@@ -98,10 +99,12 @@ class MergeResult:
 def merge(
     method: str | Method,
     *,
-    base: Source,
+    base: Source | None,
     finetuned: Mapping[str, Source],
     validation: Callable[[MergeResult, str], float] | None = None,
     unlabeled: Unlabeled | None = None,
+    permutation_groups: PermutationGroups | None = None,
+    calibration: Calibration | None = None,
     seed: int = 0,
     **parameters: Any,
 ) -> MergeResult:
@@ -111,7 +114,9 @@ def merge(
     locations; the fine-tuned models by task, also as LoRA adapters. validation: ``validation(result, task)`` scores a
     merge on a task's validation data, for methods that choose on it; ``result.method`` says what is being scored.
     unlabeled: every task's samples, for methods that adapt on them; :class:`merge_ray.evaluate.UnlabeledSamples` is
-    such.
+    such. base may be None for models that have none in common, for methods that match channels: these need
+    permutation_groups (:func:`merge_ray.matching.derive_groups`), and mostly calibration
+    (:class:`merge_ray.statistics.ActivationStatistics`).
 
     Raises :class:`ParameterError` for unknown methods or parameters and :class:`CheckpointError` for models that
     cannot be read or do not fit each other.
@@ -119,16 +124,19 @@ def merge(
     chosen = make_method(method, parameters) if isinstance(method, str) else method
     if parameters and not isinstance(method, str):
         raise ParameterError(f"{chosen.name} has its parameters already; these were given beside: {sorted(parameters)}")
-    state = base if isinstance(base, Mapping) else read_weights(base)
+    state = base if base is None or isinstance(base, Mapping) else read_weights(base)
     bank = ModelBank.build(state, {task: _loader(source, state) for task, source in finetuned.items()})
     given = {"base": base, **{f"finetuned/{task}": source for task, source in finetuned.items()}}
-    sources = {name: str(source) for name, source in given.items() if not isinstance(source, Mapping)}
-    resources: dict[str, Any] = {} if unlabeled is None else {"unlabeled": unlabeled}
+    sources = {name: str(source) for name, source in given.items() if isinstance(source, str | Path)}
+    offered = {"unlabeled": unlabeled, "permutation_groups": permutation_groups, "calibration": calibration}
+    resources: dict[str, Any] = {name: resource for name, resource in offered.items() if resource is not None}
     if validation is not None:
         resources["validation"] = lambda merged, task: validation(MergeResult(merged, bank, sources), task)
     merged = chosen.merge(MergeInputs(bank, seed=seed, resources=resources, needs=chosen.needs))
     return MergeResult(merged, bank, sources)
 
 
-def _loader(source: Source, base: StateDict) -> StateDict | Callable[[], StateDict]:
-    return source if isinstance(source, Mapping) else partial(read_finetuned, source, base)
+def _loader(source: Source, base: StateDict | None) -> StateDict | Callable[[], StateDict]:
+    if isinstance(source, Mapping):
+        return source
+    return partial(read_weights, source) if base is None else partial(read_finetuned, source, base)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
+from merge_ray.errors import DataError
 from merge_ray.matching import Group, PermutationGroups, correlation_of
 
 
@@ -99,7 +100,7 @@ class ActivationStatistics:
     ) -> None:
         """``skeleton`` takes the ``batches`` ``[B, ...]`` and has its weights in ``flat`` ``[P]``, left as it was.
 
-        The groups' activations are paths in ``skeleton``.
+        The groups' activations are paths in ``skeleton``. Asking raises :class:`DataError` where there are no batches.
         """
         self._skeleton, self._flat, self._bank = skeleton, flat, bank
         self._groups, self._batches = groups, batches
@@ -121,6 +122,8 @@ class ActivationStatistics:
             self._flat.copy_(kept)
             for module, mode in modes.items():
                 module.training = mode
+        if not all(moment.observations for moment in moments.values()):
+            raise DataError("there are no samples to observe activations on")
         return moments
 
     def _features(self, batch: Tensor) -> dict[str, Tensor]:
@@ -177,8 +180,9 @@ def _see_heads(seen: dict[str, Tensor], path: str, module: Any, inputs: tuple[An
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     width = module.embed_dim
-    copied.out_proj = nn.Linear(width, width, bias=False)
-    copied.out_proj.weight = nn.Parameter(torch.eye(width), requires_grad=False)
+    copied.out_proj = nn.Linear(width, width, device="meta")
+    copied.out_proj.weight = nn.Parameter(torch.eye(width, device=inputs[0].device), requires_grad=False)
+    copied.out_proj.bias = nn.Parameter(torch.zeros(width, device=inputs[0].device), requires_grad=False)
     heads, _ = copied.forward(*inputs, **options)
     seen[path] = heads.movedim(-1, 0).flatten(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -266,7 +267,10 @@ def _prepare_data(
 def _fingerprints(
     spec: SweepSpec, bank: ModelBank, data: Mapping[str, Mapping[str, str]], heads: Mapping[str, np.ndarray]
 ) -> Fingerprints:
-    head_parts = {task: [list(head.shape), head.astype("<f4").tobytes().hex()] for task, head in heads.items()}
+    head_parts = {
+        task: [list(head.shape), hashlib.sha256(head.astype("<f4").tobytes()).hexdigest()]
+        for task, head in heads.items()
+    }
     hashed_heads = fingerprint_of(head_parts)
     # What is as it always was is left out, so that ledgers from before it existed stay valid.
     new = {"transductive": False, "learning_reports": 5, "calibration_samples": CALIBRATION_SAMPLES}

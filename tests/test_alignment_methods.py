@@ -14,11 +14,12 @@ from test_goldens import Case, load
 from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
-from merge_ray.errors import CheckpointError, ParameterError
+from merge_ray.errors import CheckpointError, DataError, ParameterError
 from merge_ray.families.taskonomy_network import FullyConnectedDecoder, TaskonomyEncoder, TaskonomyNetwork, Widths
 from merge_ray.matching import (
     Group,
     Member,
+    Membership,
     Memberships,
     PermutationGroups,
     derive_groups,
@@ -26,7 +27,16 @@ from merge_ray.matching import (
     weight_matching_similarity,
 )
 from merge_ray.matching.weight_space import visiting_orders
-from merge_ray.methods.base import MergeCache, Merged, MergeInputs, make_method
+from merge_ray.merging import merge
+from merge_ray.methods.base import (
+    MergeCache,
+    Merged,
+    MergeInputs,
+    check_parameter,
+    find_method,
+    make_method,
+    parameter_fields,
+)
 from merge_ray.methods.mudsc import SUFFIXES, Mudsc
 from merge_ray.statistics import ActivationStatistics, reset_batch_norm
 
@@ -316,6 +326,13 @@ def test_other_reductions_do_not_fit_the_architecture() -> None:
         make_method("zipit", {"reduction": 0.25}).merge(world.inputs())
 
 
+def test_no_activations_at_all_is_an_error() -> None:
+    world = World.of(load("git_rebasin/pair"))
+    world.calibration._batches = []
+    with pytest.raises(DataError, match="there are no samples to observe activations on"):
+        make_method("zipit", {}).merge(world.inputs())
+
+
 def test_few_activations_leave_a_note() -> None:
     world = World.of(load("zipit/pair_zip"))
     world.calibration._batches = [world.batches[0][:1]]
@@ -345,3 +362,91 @@ def test_models_without_a_base_are_compared_with_each_other() -> None:
     assert bank.extras["steps"] == 4 and bank.extras["steps"].dtype == torch.int64
     with pytest.raises(CheckpointError, match=r"(?s)b: this model cannot be merged.*x: shape \[3\], in 'a' \[2\]"):
         ModelBank.build(None, {"a": first, "b": {"x": torch.zeros(3), "steps": torch.tensor(3)}})
+
+
+ALIGNED: list[tuple[str, dict[str, Any]]] = [
+    ("git_rebasin", {}),
+    ("zipit", {"matching": "optimal"}),
+    ("mudsc", {}),
+    ("align_then_merge", {"similarity": "both"}),
+    ("align_then_merge", {"method": "magnitude_mask", "options": {"density": 0.5}}),
+]
+
+
+def written(merged: Merged, bank: ModelBank) -> list[Tensor]:
+    outs = [torch.zeros(bank.layout.size) for _ in bank.tasks]
+    for task, out in zip(bank.tasks, outs, strict=True):
+        merged.write(task, out)
+    return outs
+
+
+@pytest.mark.parametrize(("name", "parameters"), ALIGNED)
+def test_matching_methods_keep_the_contracts(name: str, parameters: dict[str, Any]) -> None:
+    world = World.of(load("zipit/pair_zip"))
+    before, method, cache = world.bank.task_vectors.clone(), make_method(name, parameters), MergeCache(1 << 20)
+    merged = method.merge(world.inputs(cache))
+    first = written(merged, world.bank)
+    for again in (method.merge(world.inputs(cache)), merged.resolved.merge(world.inputs())):
+        assert all(torch.equal(one, two) for one, two in zip(first, written(again, world.bank), strict=True))
+    assert torch.equal(world.bank.task_vectors, before)
+    views = [world.bank.layout.views(out) for out in first]
+    differing = {tensor for tensor in views[0] if not torch.equal(views[0][tensor], views[1][tensor])}
+    if parameters.get("method") != "magnitude_mask":
+        assert differing == {tensor for tensor in world.groups.own if tensor in views[0]}
+        assert world.bank.model_bytes < merged.storage_bytes() < 2 * world.bank.model_bytes
+    assert not merged.shared
+    assert "columns/0" in merged.artifacts()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [*ALIGNED[:1], *ALIGNED[2:]])
+def test_a_model_alone_stays_as_it_is(name: str, parameters: dict[str, Any]) -> None:
+    world = World.of(load("zipit/pair_zip"))
+    row = world.bank.task_vectors[:1].clone()
+    world.bank.task_vectors, world.bank.tasks = row, ("model0",)
+    (got,) = written(make_method(name, parameters).merge(world.inputs()), world.bank)
+    torch.testing.assert_close(got, row[0], rtol=1e-4, atol=1e-6)
+
+
+def test_aligned_copies_are_merged_into_the_first() -> None:
+    world = World.of(load("git_rebasin/match_near_copies"))
+    bank, generator = world.bank, torch.Generator().manual_seed(0)
+    world.calibration._batches = [torch.randn(8, 3, 48, 48, generator=generator)]
+    first = bank.layout.views(bank.task_vectors[0])
+    shuffled = {
+        group.name: Membership(torch.randperm(group.size, generator=generator)[None], group.size, epsilon=0.0)
+        for group in world.groups
+    }
+    bank.layout.flatten(
+        {name: world.groups.carry(name, tensor, 0, shuffled) for name, tensor in first.items()}, bank.task_vectors[1]
+    )
+    for similarity in ("weight", "activation", "both"):
+        for method in ("weight_average", "ties"):
+            aligned = make_method("align_then_merge", {"method": method, "similarity": similarity})
+            (got, _) = written(aligned.merge(world.inputs()), bank)
+            torch.testing.assert_close(got, bank.task_vectors[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_method_that_does_not_exist_or_needs_data_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"align_then_merge: method='adamerging' is not in \{finetuned"):
+        make_method("align_then_merge", {"method": "adamerging"})
+    with pytest.raises(ParameterError, match=r"ties has no parameter 'densty'"):
+        make_method("align_then_merge", {"method": "ties", "options": {"densty": 0.2}})
+
+
+@pytest.mark.parametrize("name", ["git_rebasin", "zipit", "mudsc", "align_then_merge"])
+def test_defaults_and_searched_values_are_valid(name: str) -> None:
+    method = find_method(name)
+    for key, field in parameter_fields(method).items():
+        assert check_parameter(method, key, field.default) is None
+        for value in field.metadata["search"].grid() if field.metadata["search"] else []:
+            assert check_parameter(method, key, value) is None
+
+
+def test_merging_without_a_sweep() -> None:
+    world = World.of(load("git_rebasin/pair"))
+    models = dict(zip(world.bank.tasks, map(world.bank.layout.views, world.bank.task_vectors), strict=True))
+    with pytest.raises(ParameterError, match="needs 'permutation_groups' data, and there is none here"):
+        merge("git_rebasin", base=None, finetuned=models)
+    result = merge("git_rebasin", base=None, finetuned=models, permutation_groups=world.groups)
+    (want, _) = written(make_method("git_rebasin", {}).merge(world.inputs()), world.bank)
+    assert torch.equal(result.flat("model0"), want)

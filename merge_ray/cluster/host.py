@@ -228,7 +228,7 @@ class ModelHost:
             self.calibrations.clear()
             skeleton, batches = self.evaluator.skeleton, list(self.asked.calibration_batches("val"))
             self.calibrations[pair] = ActivationStatistics(
-                skeleton.body, skeleton.flat, self.inputs.bank, self.groups, batches
+                skeleton, skeleton.flat, self.inputs.bank, self.groups, batches
             )
         return self.calibrations[pair]
 

@@ -41,15 +41,6 @@ class Skeleton(nn.Module):
     layout: Layout
     flat: Tensor
 
-    @property
-    def body(self) -> nn.Module:
-        """The part whose channels may be matched: paths of :class:`merge_ray.matching.PermutationGroups` are its."""
-        return self
-
-    def body_inputs(self, inputs: Any) -> Any:
-        """What :attr:`body` takes for :meth:`TaskData.inputs`."""
-        return inputs
-
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
         """A buffer ``[P]``, zero at first, into which backward passes add the gradient of the weights meanwhile."""
@@ -218,11 +209,12 @@ class Family(ABC):
         raise CheckpointError(f"the family {self.name!r} has no heads")
 
     def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
-        """The channels that may be permuted together, by the layout's names and the paths of ``skeleton.body``.
+        """The groups of channels that may be permuted together, observed in ``skeleton``.
 
-        Raises :class:`CheckpointError` naming what is in the way.
+        Raises :class:`SpecError` where the family has none, and :class:`CheckpointError` naming the module in which
+        channels cannot be followed.
         """
-        raise CheckpointError(f"no permutation groups are known for the family {self.name!r}")
+        raise SpecError(f"the family {self.name!r} has no permutation groups; methods that match channels cannot run")
 
     def open_images(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None

@@ -102,15 +102,6 @@ class ImageSkeleton(ImageEncoder, Skeleton):
         self.layout = layout
         self.flat = flat
 
-    @property
-    def body(self) -> nn.Module:
-        """See :attr:`Skeleton.body`: the tower."""
-        return self.tower
-
-    def body_inputs(self, inputs: Tensor) -> Tensor:
-        """See :meth:`ImageEncoder.prepare`."""
-        return self.prepare(inputs)
-
 
 def load_tower(tower: nn.Module, state: Mapping[str, Tensor], prefix: str, device: torch.device | str) -> None:
     """Give ``tower`` the tensors of ``state`` whose names are its own after ``prefix``; see :func:`fit_weights`."""
@@ -175,18 +166,17 @@ class ImageFamily(Family):
             raise CheckpointError(f"the head of {task.name} has {len(head)} classes, the task has {len(task.classes)}")
         return head
 
-    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
-        """See :meth:`Family.permutation_groups`: derived from the tower."""
-        assert isinstance(skeleton, ImageSkeleton)
-        size = self.preprocessing.size
-        example = torch.zeros(1, 3, size, size, device=skeleton.flat.device)
-        return derive_groups(skeleton.tower, example, prefix=skeleton.prefix)
-
     def open_split(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
     ) -> CachedSplit:
         """See :meth:`Family.open_split`: images decoded for this family's preprocessing."""
         return task.cached(split, self.preprocessing.size, self.preprocessing.interpolation, cache, progress)
+
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """See :meth:`Family.permutation_groups`: followed through the tower."""
+        assert isinstance(skeleton, ImageSkeleton)
+        example = torch.zeros(1, 3, self.preprocessing.size, self.preprocessing.size, device=skeleton.flat.device)
+        return derive_groups(skeleton.tower, example, prefix=skeleton.prefix, path="tower.")
 
     def task_data(
         self, split: PreparedSplit, head: Tensor | None, device: torch.device, max_samples: int | None

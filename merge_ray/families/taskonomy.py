@@ -44,6 +44,8 @@ AVERAGED = 64
 """Samples of a batch when labels are averaged; the average does not depend on it."""
 ENCODER, DECODER = "encoder.", "decoder."
 COUNTER = "num_batches_tracked"
+COMPRESSION = "compress"
+"""What the names of the encoder's last convolution and batch norm begin with."""
 
 
 @register_family("taskonomy")
@@ -82,6 +84,13 @@ class TaskonomyFamily(Family):
         """The encoder over a zeroed flat buffer, its running statistics included."""
         return TaskonomySkeleton(self.encoder(), layout, extras, device)
 
+    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
+        """See :meth:`Family.permutation_groups`: every task keeps the compression after matching."""
+        assert isinstance(skeleton, TaskonomySkeleton)
+        example = torch.zeros(1, 3, self.widths.image_size, self.widths.image_size, device=skeleton.flat.device)
+        own = [name for name in skeleton.layout.names if name.startswith(COMPRESSION)]
+        return derive_groups(skeleton.encoder, example, path="encoder.", own=own)
+
     def encoder(self) -> TaskonomyEncoder:
         """A new encoder of this size with random weights."""
         return TaskonomyEncoder(self.widths)
@@ -96,13 +105,6 @@ class TaskonomyFamily(Family):
             wanted = self.decoder(task.spec.label or task.name).state_dict()
         tensors = {name: tensor for name, tensor in wanted.items() if tensor.is_floating_point()}
         return Layout.of(tensors).flatten(fit_weights(tensors, _part(state, DECODER), "cpu"))
-
-    def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
-        """See :meth:`Family.permutation_groups`; every task keeps its compression, batch norm included."""
-        assert isinstance(skeleton, TaskonomySkeleton)
-        example = torch.zeros(1, 3, self.widths.image_size, self.widths.image_size, device=skeleton.flat.device)
-        own = [name for name in skeleton.layout.names if name.startswith("compress")]
-        return derive_groups(skeleton.encoder, example, own=own)
 
     def open_split(
         self, task: Task, split: str, cache: Path, progress: Callable[[int, int, str], None] | None = None
@@ -154,11 +156,6 @@ class TaskonomySkeleton(Skeleton):
         """Codes ``[B, code, h, w]`` of images float32 ``[B, 3, S, S]`` in [-1, 1]."""
         codes: Tensor = self.encoder(images)
         return codes
-
-    @property
-    def body(self) -> nn.Module:
-        """See :attr:`Skeleton.body`: the encoder."""
-        return self.encoder
 
     def native_state(self) -> dict[str, Tensor]:
         """The encoder's tensors."""

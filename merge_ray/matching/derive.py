@@ -57,15 +57,15 @@ Axes = list[_Channels]
 
 
 def derive_groups(
-    module: nn.Module, example: Tensor, *, prefix: str = "", own: Iterable[str] = ()
+    module: nn.Module, example: Tensor, *, prefix: str = "", path: str = "", own: Iterable[str] = ()
 ) -> PermutationGroups:
     """The permutation groups of ``module``, whose forward pass takes ``example`` (a batch of one or more).
 
     Knows convolutions (plain and depthwise), linear layers, batch, group and layer normalisation, attention, pooling,
     pointwise functions, sums and reshapes that leave channels whole: the ResNets of torchvision, timm and Taskonomy,
     and the ViT towers of torchvision, timm and open_clip. Attention's channels are permuted alike in queries, keys and
-    values, and its heads as wholes. prefix: stands before tensor names in the weights. own: see
-    :class:`PermutationGroups`.
+    values, and its heads as wholes. prefix: stands before tensor names in the weights. path: where ``module`` is in
+    the model whose activations are observed, with a dot behind. own: see :class:`PermutationGroups`.
 
     Raises :class:`CheckpointError` naming the module in which channels cannot be followed.
     """
@@ -80,7 +80,7 @@ def derive_groups(
     with torch.no_grad():
         ShapeProp(traced.eval()).propagate(example)
     module.train(training)
-    flow = _Flow(traced, tracer.paths, {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()})
+    flow = _Flow(module, traced, tracer.paths)
     flow.follow(graph)
     groups: list[Group] = []
     consumed = {id(channels.root()): channels.root() for channels in flow.read}
@@ -93,7 +93,7 @@ def derive_groups(
                     f"numbers, {sorted(heads)}"
                 )
             members = tuple(Member(prefix + m.tensor, m.axis, m.side, m.start) for m in dict.fromkeys(channels.members))
-            observed = channels.consumers[-1] if channels.consumers else ""
+            observed = path + channels.consumers[-1] if channels.consumers else ""
             groups.append(Group(str(len(groups)), channels.size, members, observed, heads.pop()))
     return PermutationGroups(tuple(groups), frozenset(own))
 
@@ -134,8 +134,9 @@ class _Flow:
     read: the channels in the order in which they are read by a layer.
     """
 
-    def __init__(self, traced: fx.GraphModule, paths: dict[fx.Node, str], names: dict[int, str]) -> None:
-        self.traced, self.paths, self.names = traced, paths, names
+    def __init__(self, model: nn.Module, traced: fx.GraphModule, paths: dict[fx.Node, str]) -> None:
+        self.model, self.traced, self.paths = model, traced, paths
+        self.names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
         self.values: dict[fx.Node, Axes] = {}
         self.read: list[_Channels] = []
 
@@ -166,10 +167,8 @@ class _Flow:
 
     def _unsupported(self, node: fx.Node, why: str) -> CheckpointError:
         where = str(node.target) if node.op == "call_module" else self.paths.get(node, "")
-        module = self.traced.get_submodule(where) if where else self.traced
-        return CheckpointError(
-            f"no permutation groups: {where or 'the model'} ({type(module).__name__}) is in the way: {why}"
-        )
+        named = f"{where or 'the model'} ({type(self.model.get_submodule(where)).__name__})"
+        return CheckpointError(f"no permutation groups: {named} is in the way: {why}")
 
     # Values
 
@@ -252,7 +251,9 @@ class _Flow:
                 for one, two in zip(axes, operand, strict=True):
                     one.join(two)
         else:
-            extras = {type(part).__name__ for part in module.children() if not isinstance(part, nn.Linear | POINTWISE)}
+            extras = {
+                type(part).__name__ for part in module.children() if not isinstance(part, (nn.Linear, *POINTWISE))
+            }
             if extras:
                 raise self._unsupported(node, f"it normalises within ({', '.join(sorted(extras))})")
             first, weight, bias, last = f"{path}.qkv", "qkv.weight", "qkv.bias", "proj"
