@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ class Mudsc(Method):
     )
 
     def __post_init__(self) -> None:
-        """Make both ways to name a setting the same candidate."""
+        """Make both ways to name a setting the same candidate, whatever parameters it does not use are."""
         named = SUFFIXES[self.suffix] if self.suffix is not None else ("both", "zip")
         given = (self.similarity or named[0], self.matching or named[1])
         if self.suffix is not None and given != named:
@@ -105,7 +106,11 @@ class Mudsc(Method):
                 f"mudsc: suffix={self.suffix!r} means {named[0]} and {named[1]}, not {' and '.join(given)}"
             )
         names = {setting: suffix for suffix, setting in SUFFIXES.items()}
-        for field, value in zip(("similarity", "matching", "suffix"), (*given, names.get(given)), strict=True):
+        settled = dict(zip(("similarity", "matching", "suffix"), (*given, names.get(given)), strict=True))
+        unused = {"fix_rate"} if given[0] != "both" else set()
+        unused |= {"a", "b"} if given[1] != "zip" else set()
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in unused}
+        for field, value in {**settled, **defaults}.items():
             object.__setattr__(self, field, value)
 
     def merge(self, inputs: MergeInputs) -> Merged:
