@@ -40,7 +40,7 @@ from merge_ray.methods.ties import ties_task_vector
 from merge_ray.space import Float
 
 # These answer sample by sample: their contracts are in tests of their own.
-PREDICTORS = {"dawin", "dawin_robust", "dict_fusion"}
+PREDICTORS = {"average_label", "dawin", "dawin_robust", "dict_fusion"}
 # These match the channels of a known architecture: see test_alignment_methods.
 MATCHED = {name for name, method in available_methods().items() if "permutation_groups" in method.needs}
 METHODS = sorted(set(available_methods()) - PREDICTORS - MATCHED)

@@ -71,7 +71,7 @@ def test_answers_and_losses(family: TaskonomyFamily, name: str, tmp_path: Path) 
     losses = data.losses(outcomes)
     assert set(losses) == {"maple", "oak"} and data.metric == "loss"
     value, error = data.score(outcomes)
-    assert value == pytest.approx(np.mean([loss for loss, _ in losses.values()])) and 0 < error < value
+    assert value == pytest.approx(np.mean([loss for loss, _ in losses.values()])) and 0 <= error < value
     average = data.average_outcomes(8)
     own = data.domains(outcomes)
     # Shares are of the label average over all samples; these outcomes are of all 20.
@@ -130,7 +130,7 @@ def test_official_files(family: TaskonomyFamily, tmp_path: Path, monkeypatch: py
 def test_what_does_not_fit(family: TaskonomyFamily) -> None:
     with pytest.raises(SpecError, match="no Taskonomy network is called 'fulll'; did you mean 'full'"):
         find_family("taskonomy", "fulll")
-    with pytest.raises(CheckpointError, match=r"decoder_output.0.weight is \(3, 16, 3, 3\), the architecture has \(17"):
+    with pytest.raises(CheckpointError, match=r"decoder_output.0.weight is \(3, 8, 3, 3\), the architecture has \(17"):
         family.read_head(open_rooms("segment_semantic"), network(family, "normal"))
 
 

@@ -11,7 +11,9 @@ from merge_ray.methods.base import Merged, MergeInputs, Method, Predictor, TaskM
 from merge_ray.space import Choice
 
 
-@register("average_label", paper="the average label as the estimate, a reference (Xu et al., CVPR 2024)")
+@register(
+    "average_label", paper="the average label as the estimate, a reference (Xu et al., CVPR 2024)", needs=("labels",)
+)
 @dataclass(frozen=True)
 class AverageLabel(Method):
     """No model: every sample is answered with the mean of the labels of its domain, such as its building.
