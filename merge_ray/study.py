@@ -109,7 +109,7 @@ class Study:
         return True
 
     def _candidate(self, proposal: Mapping[str, Any]) -> Candidate:
-        proposed = replace(self.template, parameters={**self.template.parameters, **proposal})
+        proposed = replace(self.template, parameters={**self.spec.parameters, **proposal})
         return replace(self.template, parameters=proposed.make().parameters())
 
     def _answer(self, candidate: Candidate) -> Outcome | None:

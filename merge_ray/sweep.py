@@ -95,8 +95,9 @@ class _Sweep:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
         evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
-        for (name, spec), pair in product(self.spec.studies.items(), self.spec.task_pairs):
-            template = self._candidate(name, spec.method, "val", _of_pair(spec.parameters, pair), pair)
+        for (name, whole), pair in product(self.spec.studies.items(), self.spec.task_pairs):
+            spec = whole.model_copy(update={"parameters": _of_pair(whole.parameters, pair)})
+            template = self._candidate(name, spec.method, "val", spec.parameters, pair)
             reports = evaluation.shards + (evaluation.learning_reports if template.make().steps_to_learn else 0)
             earlier = [item for item in studies if (item.spec.method, item.template.pair) == (spec.method, pair)]
             tasks = pair or self.spec.task_names

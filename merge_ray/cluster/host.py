@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class ModelHost:
             setup.evaluation.calibration_samples,
         )
         self.family = family
+        self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
         self.cache = MergeCache(self.bank.base.nbytes)
         self.candidate, self.asked = "", self.evaluator
@@ -212,25 +213,24 @@ class ModelHost:
             needs=method.needs,
         )
         if method.needs & {"permutation_groups", "calibration"}:
-            self.inputs.provide(permutation_groups=self.groups, calibration=self._calibration(candidate.pair))
+            self.inputs.provide(**self._matching(candidate.pair))
         self.candidate = candidate.identity
         return method
 
-    @cached_property
-    def groups(self) -> PermutationGroups:
-        """The channels that may be matched; raises :class:`CheckpointError` where there are none."""
-        return self.family.permutation_groups(self.evaluator.skeleton)
+    def _matching(self, pair: tuple[str, ...]) -> dict[str, Any]:
+        """What methods that match channels need: the groups of channels, and statistics of a pair's activations.
 
-    def _calibration(self, pair: tuple[str, ...]) -> ActivationStatistics:
-        """The activations' statistics of a pair of models, or of all, which are made once."""
+        Both are made once; those of earlier pairs have had their candidates.
+        """
+        skeleton = self.evaluator.skeleton
+        if self.groups is None:
+            self.groups = self.family.permutation_groups(skeleton)
         if pair not in self.calibrations:
-            # Those of earlier pairs have had their candidates, or will be made again.
             self.calibrations.clear()
-            skeleton, batches = self.evaluator.skeleton, list(self.asked.calibration_batches("val"))
-            self.calibrations[pair] = ActivationStatistics(
-                skeleton, skeleton.flat, self.inputs.bank, self.groups, batches
-            )
-        return self.calibrations[pair]
+            batches = self.asked.calibration_batches("val")
+            bank = self.inputs.bank
+            self.calibrations[pair] = ActivationStatistics(skeleton, skeleton.flat, bank, self.groups, batches)
+        return {"permutation_groups": self.groups, "calibration": self.calibrations[pair]}
 
     def _forget(self) -> None:
         self.candidate = ""

@@ -130,7 +130,7 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
             elif values.astype(str).nunique() > 1:
                 line[column] = None
         # Noise is not told over pairs: they share models and samples.
-        lines.append(line.assign(pairs=f"{len(pairs)} pairs", tasks=None))
+        lines.append(line.assign(pairs=f"{len(pairs)} pairs", tasks=None, artifacts=[[]]))
     return pd.concat(lines, ignore_index=True)
 
 

@@ -19,7 +19,7 @@ WIDTH = 9.0
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^DvP"
 _GREY = "#767676"
-_REFERENCE_MARKERS = {"pretrained": "X", "finetuned": "*"}
+_REFERENCE_MARKERS = {"average_label": "X", "pretrained": "X", "finetuned": "*"}
 _LABELS = {
     "normalized_mean": "mean normalised score",
     "mean": "mean score",
