@@ -53,13 +53,13 @@ def load_spec(model: type[Spec], path: Path | str, overrides: Sequence[str] = ()
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
-    return check_spec(model, raw, path)
+    return check_spec(model, _with_filled_tasks(raw), path)
 
 
 def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Spread ``search`` over the studies and ``task_defaults`` over the tasks."""
-    spread = dict(raw)
-    search, defaults = spread.pop("search", None) or {}, spread.pop("task_defaults", None) or {}
+    spread = _with_filled_tasks(raw)
+    search = spread.pop("search", None) or {}
     studies = spread.get("studies")
     if isinstance(studies, list):
         studies = dict.fromkeys(studies)
@@ -70,6 +70,13 @@ def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
             else study
             for name, study in studies.items()
         }
+    return spread
+
+
+def _with_filled_tasks(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread ``task_defaults`` over the tasks."""
+    spread = dict(raw)
+    defaults = spread.pop("task_defaults", None) or {}
     if isinstance(spread.get("tasks"), list) and defaults:
         spread["tasks"] = [_with_task_defaults(task, defaults) for task in spread["tasks"]]
     return spread

@@ -27,7 +27,6 @@ from merge_ray.tasks.builtin import SPLITS, TEXT_TASKS, sentences
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 MEGABYTE = 1_000_000
-SAMPLES = 200
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -58,17 +57,17 @@ def larger(claim: str) -> bool:
     return sentences.NUMBERS.index(first) > sentences.NUMBERS.index(second)
 
 
-def majority(numerals: str) -> int:
-    counts = [sum(word in own.split() for word in numerals.split()) for own in sentences.LANGUAGES.values()]
-    assert counts.count(max(counts)) == 1
-    return counts.index(max(counts))
+def day(question: str) -> int:
+    *_, many, _, side, start = question.split()
+    count = sentences.NUMBERS.index(many) + 1
+    return (sentences.DAYS.index(start) + (count if side == "after" else -count)) % len(sentences.DAYS)
 
 
 RULES: dict[str, Callable[[str], int]] = {
     "sentiment": positive,
     "agreement": agrees,
     "comparison": larger,
-    "languages": majority,
+    "weekdays": day,
 }
 
 
@@ -79,7 +78,7 @@ def test_labels_follow_from_the_texts(name: str) -> None:
 
 
 class Shipped:
-    """The shipped models in one bank, scored on the first texts of every task's test split."""
+    """The shipped models in one bank, scored on every task's test split."""
 
     def __init__(self) -> None:
         [spec] = load_sweeps(SWEEPS / "quickstart_text.yaml")
@@ -90,12 +89,13 @@ class Shipped:
         self.skeleton = self.family.skeleton(self.bank, "cpu")
         opened = {task.name: self.family.open_split(open_task(task), "test", cache_directory()) for task in spec.tasks}
         device = torch.device("cpu")
-        self.data = {task: self.family.task_data(split, None, device, SAMPLES) for task, split in opened.items()}
+        self.data = {task: self.family.task_data(split, None, device, None) for task, split in opened.items()}
 
     @torch.inference_mode()
     def accuracy(self, flat: Tensor, task: str) -> float:
         self.skeleton.flat.copy_(flat)
-        return float(self.data[task].outcomes(self.skeleton, slice(0, SAMPLES)).float().mean())
+        data = self.data[task]
+        return float(data.outcomes(self.skeleton, slice(0, len(data))).float().mean())
 
     @cache  # noqa: B019 (one object a module)
     def arithmetic(self, coefficient: float) -> float:
@@ -128,12 +128,12 @@ def test_the_shipped_files_are_small_and_of_the_spec(models: Shipped) -> None:
 def test_fine_tuning_gains_on_every_task(models: Shipped) -> None:
     before = [models.accuracy(models.bank.base, task) for task in models.bank.tasks]
     gains = np.array(models.finetuned()) - before
-    # The base knows languages already.
-    assert gains.min() > 0 and np.sort(gains)[1:].min() > 0.2
+    assert gains.min() > 0.05 and gains.mean() > 0.2
 
 
-def test_averaging_stays_clearly_below_fine_tuning(models: Shipped) -> None:
-    assert models.arithmetic(1 / len(models.bank.tasks)) < float(np.mean(models.finetuned())) - 0.1
+def test_averaging_lies_clearly_between_base_and_fine_tuning(models: Shipped) -> None:
+    average = models.arithmetic(1 / len(models.bank.tasks))
+    assert models.arithmetic(0) + 0.02 < average < float(np.mean(models.finetuned())) - 0.1
 
 
 def test_the_best_coefficient_lies_inside_the_range(models: Shipped) -> None:

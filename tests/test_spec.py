@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from merge_ray.errors import SpecError
+from merge_ray.finetune import FinetuneSpec
 from merge_ray.space import Choice, Float, Int, PerTask
 from merge_ray.spec import SweepSpec
-from merge_ray.spec_files import load_sweeps, read_yaml
+from merge_ray.spec_files import load_spec, load_sweeps, read_yaml
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 MODELS = {"architecture": "ViT-B-32", "base": "base.pt", "finetuned": "{task}.pt"}
@@ -40,6 +41,12 @@ def test_every_shipped_sweep_is_valid() -> None:
     assert files
     for path in files:
         assert load_sweeps(path)
+
+
+def test_a_finetuning_spec_has_task_defaults_too() -> None:
+    changes = ["tasks=[a, b]", "task_defaults.parquet=data/{task}/{split}.parquet"]
+    spec = load_spec(FinetuneSpec, SWEEPS / "quickstart_text_models.yaml", changes)
+    assert [task.parquet for task in spec.tasks] == ["data/a/{split}.parquet", "data/b/{split}.parquet"]
 
 
 def test_search_gives_every_study_its_defaults(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from merge_ray.tasks.builtin.drawing import SPLITS
 from merge_ray.tasks.builtin.glyphs import GREEK_LETTERS, TYPEFACES, make_greek, make_letters, make_typefaces
 from merge_ray.tasks.builtin.pictures import PHOTOGRAPHS, make_digits, make_textures
 from merge_ray.tasks.builtin.sentences import (
-    LANGUAGES,
+    DAYS,
     make_agreement,
     make_comparison,
-    make_languages,
     make_sentiment,
+    make_weekdays,
 )
 from merge_ray.tasks.builtin.shapes import SHAPES, make_shapes
 
@@ -91,7 +91,7 @@ TEXT_TASKS: dict[str, BuiltinTextTask] = {
     "sentiment": BuiltinTextTask(("negative", "positive"), make_sentiment),
     "agreement": BuiltinTextTask(("wrong", "right"), make_agreement),
     "comparison": BuiltinTextTask(("false", "true"), make_comparison),
-    "languages": BuiltinTextTask(tuple(LANGUAGES), make_languages),
+    "weekdays": BuiltinTextTask(DAYS, make_weekdays),
 }
 
 

@@ -32,14 +32,7 @@ NUMBERS = (
     "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
 )  # fmt: skip
-LANGUAGES = {
-    "english": "one two three four five six seven eight nine ten eleven twelve",
-    "german": "eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf",
-    "french": "un deux trois quatre cinq six sept huit neuf dix onze douze",
-    "spanish": "uno dos tres cuatro cinco seis siete ocho nueve diez once doce",
-    "italian": "uno due tre quattro cinque sei sette otto nove dieci undici dodici",
-    "dutch": "een twee drie vier vijf zes zeven acht negen tien elf twaalf",
-}
+DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
 def make_sentiment(split: str) -> tuple[list[str], np.ndarray]:
@@ -57,9 +50,9 @@ def make_comparison(split: str) -> tuple[list[str], np.ndarray]:
     return _make("comparison", split, 2, _comparison)
 
 
-def make_languages(split: str) -> tuple[list[str], np.ndarray]:
-    """Which language are most of a few number words of? The others are of another language."""
-    return _make("languages", split, len(LANGUAGES), _numerals)
+def make_weekdays(split: str) -> tuple[list[str], np.ndarray]:
+    """Which day of the week is it, so many days before or after another?"""
+    return _make("weekdays", split, len(DAYS), _day)
 
 
 def _make(task: str, split: str, classes: int, write: Write) -> tuple[list[str], np.ndarray]:
@@ -106,14 +99,8 @@ def _comparison(rng: Rng, label: int) -> str:
     return f"is it so : {NUMBERS[first]} {things[0]}s are more than {NUMBERS[second]} {things[1]}s"
 
 
-def _numerals(rng: Rng, label: int) -> str:
-    vocabularies = [words.split() for words in LANGUAGES.values()]
-    other = int(rng.choice([index for index in range(len(vocabularies)) if index != label]))
-    while True:
-        most = rng.choice(vocabularies[label], int(rng.integers(3, 5))).tolist()
-        fewer = rng.choice(vocabularies[other], int(rng.integers(1, 3))).tolist()
-        words = rng.permutation(most + fewer).tolist()
-        counts = [sum(word in vocabulary for word in words) for vocabulary in vocabularies]
-        # Words of several languages must leave no doubt.
-        if counts.count(max(counts)) == 1 and counts.index(max(counts)) == label:
-            return f"what language : {' '.join(words)}"
+def _day(rng: Rng, label: int) -> str:
+    count, sign = int(rng.integers(1, len(DAYS))), int(rng.choice([-1, 1]))
+    start = DAYS[(label - sign * count) % len(DAYS)]
+    many = f"{NUMBERS[count - 1]} day{'s' * (count > 1)} {'after' if sign > 0 else 'before'} {start}"
+    return f"what day : the {_pick(rng, NOUNS)} will {_pick(rng, VERBS)} {many}"
