@@ -130,7 +130,8 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
             elif values.astype(str).nunique() > 1:
                 line[column] = None
         # Noise is not told over pairs: they share models and samples.
-        lines.append(line.assign(pairs=f"{len(pairs)} pairs", tasks=None, artifacts=[[]]))
+        nothing: Any = [[]]
+        lines.append(line.assign(pairs=f"{len(pairs)} pairs", tasks=None, artifacts=nothing))
     return pd.concat(lines, ignore_index=True)
 
 
