@@ -309,7 +309,7 @@ def test_tasks_are_fine_tuned_on_ray(world: Path, ray_cluster: Any, monkeypatch:
     with pytest.raises(Killed):
         make_base(spec, world / "cache", progress=kill_at(3))
     table = run_finetune(spec, 1, Progress(Console(quiet=True)))
-    assert [column.header for column in table.columns] == ["task", "steps", "base", "fine-tuned", "seconds"]
+    assert [column.header for column in table.columns] == ["task", "metric", "steps", "before", "fine-tuned", "seconds"]
     assert_alike(spec, expected)
 
 
