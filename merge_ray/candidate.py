@@ -81,7 +81,7 @@ class Candidate:
     @property
     def search(self) -> str:
         """What this candidate is searched for by: its study, and its pair where there is one."""
-        return "-".join((self.study, *self.pair))
+        return f"{self.study}@{'+'.join(self.pair)}" if self.pair else self.study
 
     def make(self) -> Method:
         """The method with its parameters, checked."""

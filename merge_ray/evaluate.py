@@ -116,6 +116,18 @@ class UnlabeledSamples:
         return next(iter(self.models.values())).skeleton.gradient()
 
 
+@dataclass(frozen=True)
+class CalibrationBatches:
+    """So many unlabelled samples of each task in batches, made anew whenever they are gone through."""
+
+    models: Sequence[TaskModel]
+    samples: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for model in self.models:
+            yield from model.data.calibration_batches(model.batch_size, self.samples)
+
+
 class Evaluator:
     """Scores merged weights through one skeleton.
 
@@ -148,11 +160,10 @@ class Evaluator:
         }
         return part
 
-    def calibration_batches(self, split: str) -> Iterator[Any]:
+    def calibration_batches(self, split: str) -> CalibrationBatches:
         """Unlabelled samples of all tasks, as many of each, as the skeleton takes them."""
-        models = self.models[split].values()
-        for model in models:
-            yield from model.data.calibration_batches(model.batch_size, self.calibration_samples // len(models))
+        models = list(self.models[split].values())
+        return CalibrationBatches(models, self.calibration_samples // len(models))
 
     def outcomes(
         self, merged: Merged, split: str, shard: int | None = None, share: int = 0, shares: int = 1

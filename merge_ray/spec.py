@@ -13,6 +13,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from merge_ray.errors import choose_from
+from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
 from merge_ray.methods.base import check_parameter, find_method, parameter_fields
 from merge_ray.space import Choice, Float, Int, PerTask, Space
@@ -82,7 +83,7 @@ class EvaluationSpec(Strict):
     """A method that learns reports its score on the first shard after each of so many equal parts of its steps."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples a task; the test split is always scored whole."""
-    calibration_samples: int = Field(512, ge=1)
+    calibration_samples: int = Field(CALIBRATION_SAMPLES, ge=1)
     """Unlabelled samples that activations are compared on and batch norm is reset on, where a method or family does."""
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as

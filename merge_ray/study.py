@@ -103,8 +103,8 @@ class Study:
         space, start = self.spec.search_space(), self.template.parameters
         self._proposer = make_proposer(self.spec.searcher, space, self.tasks, self.template.seed, start, learnt)
         # What earlier runs of the same command spent counts, so that a restart adds no budget.
-        own = self.spec.name, list(self.template.pair)
-        rows = [row for row in self.known.values() if (row["study"], list(row["pair"])) == own]
+        own = self.spec.name, self.template.pair
+        rows = [row for row in self.known.values() if (row["study"], tuple(row["pair"])) == own]
         self._begun = time.monotonic() - sum(row["seconds_total"] or 0.0 for row in rows)
         return True
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
-from merge_ray.evaluate import CALIBRATION_SAMPLES, References
+from merge_ray.evaluate import References
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
-from merge_ray.spec import SweepSpec
+from merge_ray.spec import EvaluationSpec, SweepSpec
 from merge_ray.study import Study
 from merge_ray.tasks import cache_directory, open_task, overlap
 
@@ -95,7 +95,8 @@ class _Sweep:
         """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
         studies: list[Study] = []
         evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
-        for (name, whole), pair in product(self.spec.studies.items(), self.spec.task_pairs):
+        # Pair by pair, for its candidates share what the hosts find out about its models.
+        for pair, (name, whole) in product(self.spec.task_pairs, self.spec.studies.items()):
             spec = whole.model_copy(update={"parameters": _of_pair(whole.parameters, pair)})
             template = self._candidate(name, spec.method, "val", spec.parameters, pair)
             reports = evaluation.shards + (evaluation.learning_reports if template.make().steps_to_learn else 0)
@@ -122,6 +123,7 @@ class _Sweep:
         """Score the best candidate of every study on the test split, and keep its artifacts."""
         best: list[Any] = best_candidates(read_rows(self.spec.directory)).to_dict("records")
         with self.progress.step("confirm the best of every study on the test split"):
+            best.sort(key=lambda row: row["pair"])
             self._score([self._to_confirm(row) for row in best], references, keep_artifacts=True)
         forget_learned(self.ledger)
 
@@ -133,7 +135,7 @@ class _Sweep:
         """
         looks = "unlabeled" in find_method(row["method"]).needs
         parameters = json.loads(row["parameters" if looks else "resolved"])
-        return self._candidate(row["study"], row["method"], "test", parameters, tuple(row["pair"]))
+        return self._candidate(row["study"], row["method"], "test", parameters, row["pair"])
 
     def _learn(self, candidate: Candidate, host: Any) -> ray.ObjectRef | None:
         """What a candidate learns on the host, as far as that is not saved from its search; None if it does not."""
@@ -185,7 +187,7 @@ class _Sweep:
 
 
 def _domains(score: Mapping[str, Any]) -> dict[str, float]:
-    """The scores by domain of a row's task; rows from before there were domains have none."""
+    """The scores by domain of a row's task; without a name where there is one domain only, which rows leave out."""
     domains = score.get("domains")
     if domains is None or not len(domains):
         return {"": score["value"]}
@@ -204,8 +206,8 @@ def _of_pair(parameters: Mapping[str, Any], pair: tuple[str, ...]) -> dict[str, 
 
 def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None:
     """One bar for each study of the spec, over its pairs."""
-    for name, each in groupby(studies, lambda study: study.spec.name):
-        parts = list(each)
+    for name in {study.spec.name: None for study in studies}:
+        parts = [study for study in studies if study.spec.name == name]
         best = [part.best_value for part in parts if part.best_value is not None]
         done, finished = sum(len(part.outcomes) for part in parts), all(part.finished for part in parts)
         trials = parts[0].spec.trials
@@ -248,9 +250,9 @@ def _prepare_data(
     fingerprints: dict[str, dict[str, str]] = {"val": {}, "test": {}}
     for task in tasks:
         cached = {}
-        # Training images are wanted to calibrate on, or for overlap, of which built-in tasks have none by their making.
-        wanted = task.spec.builtin is None or not family.has_base
-        trained_on = ("train",) if "train" in task.splits and wanted else ()
+        # Training images are for batch norm, or else for overlap, of which built-in tasks have none by their making.
+        wanted = not family.has_base or ("train" in task.splits and task.spec.builtin is None)
+        trained_on = ("train",) if wanted else ()
         for split in (*trained_on, "val", "test"):
             prepare = family.open_images if split == "train" else family.open_split
             with progress.counted(f"prepare {task.name} {split}") as update:
@@ -273,9 +275,9 @@ def _fingerprints(
         for task, head in heads.items()
     }
     hashed_heads = fingerprint_of(head_parts)
-    # What is as it always was is left out, so that ledgers from before it existed stay valid.
-    new = {"transductive": False, "learning_reports": 5, "calibration_samples": CALIBRATION_SAMPLES}
-    left_out = {"batch_size"} | {name for name, off in new.items() if getattr(spec.evaluation, name) == off}
+    # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
+    later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
+    left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     return Fingerprints(
         bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)

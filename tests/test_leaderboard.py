@@ -36,7 +36,8 @@ TWENTY = [f"task_{index:02d}" for index in range(20)]
 
 def ledger(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as they are read back from a results directory."""
-    return pa.Table.from_pylist(rows, schema=ROW_SCHEMA).to_pandas()
+    read = pa.Table.from_pylist(rows, schema=ROW_SCHEMA).to_pandas()
+    return read.assign(pair=[tuple(pair or ()) for pair in read["pair"]])
 
 
 @pytest.fixture

@@ -361,7 +361,7 @@ def test_param_without_a_search_space_is_fixed() -> None:
 
 
 PEAK = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 import numpy as np, torch
 from merge_ray.bank import Layout, ModelBank
@@ -372,7 +372,8 @@ def resident(field):
     return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
 
 def make_bank(size):
-    layout = Layout.of({name: torch.empty(size // 2, device="meta") for name in "xy"})
+    # Many layers, as models have: what a backward pass holds at a time is one layer's gradient.
+    layout = Layout.of({name: torch.empty(size // 16, device="meta") for name in "abcdefghijklmnop"})
     rows = np.random.default_rng(0).standard_normal((4, size), dtype=np.float32)
     return ModelBank.from_arrays({"base": rows[0] * 0, "task_vectors": rows}, layout, "abcd", {}, "")
 
@@ -390,6 +391,7 @@ torch.set_num_threads(1)
 small, large, peaks, methods = make_bank(1 << 12), make_bank(12_000_000), {}, available_methods()
 for name in json.loads(sys.argv[1]):
     run(small, name, torch.empty(1 << 12))
+    gc.collect()
     before = resident("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")
     run(large, name, torch.empty(large.layout.size))

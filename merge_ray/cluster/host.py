@@ -161,21 +161,21 @@ class ModelHost:
             return self.merged
         make: Callable[[], Merged]
         if learned is None:
-            make = partial(self._merge_own, self._begin(candidate))
+            make = partial(self._begin(candidate).merge, self.inputs)
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
-        merged = make()
+        merged = self._with_own_tensors(make())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
         self.merged, self.shards = merged, []
         return merged
 
-    def _merge_own(self, method: Method) -> Merged:
-        merged = method.merge(self.inputs)
+    def _with_own_tensors(self, merged: Merged) -> Merged:
+        """The merge, with every task's own of the tensors that the family leaves to it."""
         own = self.family.own_tensors
-        return merged if not own or merged.keeps_own else WithOwnTensors(merged.resolved, merged, self.inputs.bank, own)
+        return merged if not own or merged.keeps_own else WithOwnTensors(merged, self.inputs.bank, own)
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
         """The candidate's learner where ``learned`` left off: the last one if it stands there."""

@@ -19,6 +19,8 @@ FORMATS = ("table", "csv", "json", "markdown")
 SHOWN_PUBLISHED = 12
 """Published methods that the terminal's table shows; the other formats have every published row."""
 
+LOSS = "loss"
+"""The metric of which less is better."""
 _NOISE = "≈"
 _KINDS = {"reference": "ref", "published": "pub"}
 _FRACTIONS = ("mean", "normalized_mean", "worst")
@@ -64,10 +66,15 @@ def display_columns(table: pd.DataFrame) -> list[Column]:
 
 
 def task_names(table: pd.DataFrame) -> dict[str, str]:
-    """The tasks of a leaderboard and their metric's column, such as ``{"digits": "accuracy/digits"}``."""
+    """The tasks of a leaderboard and their metric's column, such as ``{"digits": "accuracy/digits"}``.
+
+    Of losses, which are of different units, it is the normalised score's.
+    """
     other = ("standard_error", "normalized", "parameter")
-    columns = [name for name in table.columns if "/" in name and name.partition("/")[0] not in other]
-    return {name.partition("/")[2]: name for name in columns}
+    parts = [name.partition("/") for name in table.columns if "/" in name]
+    return {
+        task: f"{'normalized' if metric == LOSS else metric}/{task}" for metric, _, task in parts if metric not in other
+    }
 
 
 def describe_parameters(text: str) -> str:
@@ -94,7 +101,7 @@ def _front(table: pd.DataFrame) -> list[Column]:
     objective = table["ranked_by"].dropna().iloc[0]
     scores = [_score(row["score"], row["score_standard_error"], objective) for _, row in table.iterrows()]
     columns.append(Column("normalised" if objective == "normalized_mean" else objective, scores))
-    if objective != "mean":
+    if objective != "mean" and not any(name.startswith(f"{LOSS}/") for name in table.columns):
         columns.append(Column("mean", [_percent(value) for value in table["mean"]]))
     return columns
 

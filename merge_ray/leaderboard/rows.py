@@ -86,6 +86,8 @@ def read_rows(results: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     except (pa.ArrowException, OSError) as error:
         raise LedgerError(_unreadable(files) or f"the ledger cannot be read: {error}") from error
     rows = table.to_pandas()
+    # Rows from before there were pairs have none.
+    rows["pair"] = rows["pair"].map(lambda pair: () if pair is None else tuple(pair))
     return rows.sort_values(["time", "identity"], kind="stable", ignore_index=True)
 
 
@@ -111,10 +113,8 @@ def widen(rows: pd.DataFrame) -> pd.DataFrame:
 
     Adds, per task, ``<metric>/<task>``, ``standard_error/<task>`` and ``normalized/<task>``; per parameter,
     ``parameter/<name>`` (``parameter/<name>/<task>`` for one with a value per task); and the standard errors
-    ``mean_standard_error`` and ``normalized_standard_error`` of the two means; ``pair`` becomes a tuple, empty
-    where all models are merged. Keeps the index and all columns.
+    ``mean_standard_error`` and ``normalized_standard_error`` of the two means. Keeps the index and all columns.
     """
-    rows = rows.assign(pair=rows["pair"].map(lambda pair: () if pair is None else tuple(pair)))
     scores = pd.DataFrame([_task_columns(task_scores(tasks)) for tasks in rows["tasks"]], index=rows.index)
     parameters = pd.DataFrame([_parameter_columns(text) for text in rows["parameters"]], index=rows.index)
     return pd.concat([rows, scores, parameters.apply(_one_type)], axis=1)

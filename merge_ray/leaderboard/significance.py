@@ -68,7 +68,10 @@ def _weights(scores: dict[str, dict[str, Any]], objective: str) -> dict[str, flo
     if objective == "normalized_mean":
         return {task: weight / len(scores) for task, weight in relative.items()}
     if objective == "worst":
-        worst = min(relative, key=lambda task: relative[task] * scores[task]["value"])
+        shares = {task: score["normalized"] for task, score in scores.items() if score["normalized"] is not None}
+        if not shares:
+            return {}
+        worst = min(shares, key=shares.__getitem__)
         return {worst: relative[worst]}
     kind, _, task = objective.partition("/")
     if task not in scores:

@@ -88,7 +88,6 @@ class SharedWeights(Merged):
 class WithOwnTensors(Merged):
     """Merged weights, but for some tensors that every task has from its own model."""
 
-    resolved: Method
     merged: Merged
     bank: ModelBank
     own: frozenset[str]
@@ -96,7 +95,7 @@ class WithOwnTensors(Merged):
     keeps_own = True
 
     def __post_init__(self) -> None:
-        self.notes = self.merged.notes
+        self.resolved, self.notes = self.merged.resolved, self.merged.notes
 
     def write(self, task: str, out: Tensor) -> None:
         """See :meth:`Merged.write`."""

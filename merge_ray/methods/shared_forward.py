@@ -140,7 +140,7 @@ class PerSampleWeights(TorchFunctionMode):
         unknown = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "use_separate_proj_weight", "need_weights")
         x = given["query"]
         if any(given.get(name) is not None and given[name] is not False for name in unknown) or x is not given["value"]:
-            raise NotImplementedError("attention other than plain self-attention has no shared forward pass")
+            raise RuntimeError("attention other than plain self-attention has no shared forward pass")
         length, batch, width = x.shape
         heads = given["num_heads"]
         projected = self._linear(F.linear, given["in_proj_weight"], given["in_proj_bias"], input=x)
