@@ -26,7 +26,10 @@ SpecPath = Annotated[Path, typer.Argument(help="The YAML file; see sweeps/ for e
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, as in --set search.trials=8.")
 ]
-Results = Annotated[list[Path], typer.Argument(help="Results directories, such as results/quickstart.")]
+Results = Annotated[
+    list[str], typer.Argument(help="Results directories, such as results/quickstart or s3://bucket/results/quickstart.")
+]
+OneResults = Annotated[str, typer.Argument(help="A results directory, such as results/quickstart; s3:// too.")]
 
 
 @app.command()
@@ -49,8 +52,9 @@ def sweep(
         with Progress() as progress:
             directory = run_sweep(loaded, progress, retry_failed)
         _print(render(rank(read_rows(directory), loaded.evaluation.objective)))
-        console.print(f"\nLeaderboard  {directory / 'leaderboard.parquet'}\nReport       {directory / 'report.html'}")
-        console.print(f"Next         merge-ray export {directory} --best   (write the winner's weights)")
+        place = loaded.location
+        console.print(f"\nLeaderboard  {place}/leaderboard.parquet\nReport       {place}/report.html")
+        console.print(f"Next         merge-ray export {place} --best   (write the winner's weights)")
 
 
 @app.command()
@@ -88,7 +92,7 @@ def merge(
     method: Annotated[str, typer.Argument(help="A method; see [cyan]merge-ray methods[/].")],
     base: Annotated[str, typer.Option(help="The base model's weights.")],
     finetuned: Annotated[list[str], typer.Option(metavar="TASK=LOCATION ...", help="The fine-tuned models.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The file to write; s3://bucket/key too.")],
     task: Annotated[str | None, typer.Option(help="Whose weights to write, for methods with weights per task.")] = None,
 ) -> None:
     """Merge once, without Ray, and write the weights.
@@ -134,23 +138,27 @@ def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, s
 
 @app.command()
 def export(
-    results: Annotated[Path, typer.Argument(help="A results directory, such as results/quickstart.")],
+    results: OneResults,
     best: Annotated[bool, typer.Option("--best", help="The highest-ranked merge (the default).")] = False,
     study: Annotated[str | None, typer.Option(help="The confirmed merge of this study instead.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A directory; by default RESULTS/export.")
+        str | None, typer.Option("-o", "--output", help="A directory, s3:// too; by default RESULTS/export.")
     ] = None,
     format: Annotated[str, typer.Option(help="safetensors, huggingface or open_clip.")] = "safetensors",
 ) -> None:
     """Write a merged model of a sweep: the best one, or that of one study."""
+    from merge_ray.checkpoints import destination
     from merge_ray.export import export_merge
     from merge_ray.progress import Progress
 
     if best and study:
         raise MergeRayError("give either --best or --study")
+    target = output or f"{results}/export"
     with Progress() as progress:
-        for path in export_merge(results, study, output or results / "export", format, progress):
-            console.print(f"wrote {path}", highlight=False)
+        with destination(target) as folder:
+            paths = export_merge(results, study, folder, format, progress, target if "://" in target else None)
+        for path in paths:
+            console.print(f"wrote {target}/{path.relative_to(folder)}", highlight=False)
 
 
 @app.command()
@@ -173,11 +181,12 @@ def leaderboard(
 
 
 @app.command()
-def report(results: Annotated[Path, typer.Argument(help="A results directory.")]) -> None:
+def report(results: OneResults) -> None:
     """Write the HTML report of a sweep again."""
     from merge_ray.report import write_report
 
-    console.print(f"wrote {write_report(results)}", highlight=False)
+    write_report(results)
+    console.print(f"wrote {results}/report.html", highlight=False)
 
 
 @app.command()

@@ -20,27 +20,38 @@ from merge_ray.methods.base import Merged, MergeInputs, Method, make_method
 from merge_ray.methods.per_sample import TaskWeights
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
+from merge_ray.results import Results, open_results
 from merge_ray.spec import SweepSpec
 from merge_ray.spec_files import check_spec, read_yaml
 
 FORMATS = ("safetensors", "huggingface", "open_clip")
 
 
-def export_merge(results: Path, study: str | None, output: Path, format: str, progress: Progress) -> list[Path]:
+def export_merge(
+    location: str | Path,
+    study: str | None,
+    output: Path,
+    format: str,
+    progress: Progress,
+    published: str | None = None,
+) -> list[Path]:
     """Merge again what a sweep found best and write it below ``output``; returns the paths written.
 
     study: whose confirmed merge; None for the highest-ranked. A method with weights per task gives one model a
     task, named by the task; else there is one, named ``merged``. One with weights per sample has no weights to write:
-    it gives what makes them, see :func:`_write_by_sample`. Raises :class:`LedgerError` for an unknown study, for
-    a format that there is not, and when the models changed since the sweep.
+    it gives what makes them, see :func:`_write_by_sample`. published: where ``output`` will be,
+    if not where it is written. Raises :class:`LedgerError` for an unknown study, for a format that there is not, and
+    when the models changed since the sweep.
     """
     if format not in FORMATS:
         raise LedgerError(f"--format {format}: {choose_from(format, FORMATS)}")
+    opened = open_results(location)
+    results = opened.directory
     spec = check_spec(SweepSpec, read_yaml(results / "sweep.yaml"), results / "sweep.yaml")
-    row = _chosen_row(results, study, spec.evaluation.objective)
+    row = _chosen_row(opened, study, spec.evaluation.objective)
     bank, _ = load_bank(spec.models, spec.task_names, progress)
     if bank.fingerprint != row["bank_fingerprint"]:
-        raise LedgerError(f"the models of {results / 'sweep.yaml'} have changed since the sweep; nothing was written")
+        raise LedgerError(f"the models of {opened.location} have changed since the sweep; nothing was written")
     method = make_method(row["method"], json.loads(row["resolved"]))
     metadata: dict[str, str] = {
         "method": row["method"],
@@ -55,7 +66,7 @@ def export_merge(results: Path, study: str | None, output: Path, format: str, pr
         if format != FORMATS[0]:
             raise LedgerError(f"--format {format}: {method.name} makes weights for every sample, so that there is no "
                               "model to write; leave --format out for the mapping and a spec that runs it")  # fmt: skip
-        return _write_by_sample(spec, row, method, results, output, metadata)
+        return _write_by_sample(spec, row, method, results, output, published or str(output.resolve()), metadata)
     finetuned = {task: spec.models.finetuned_location(task) for task in spec.task_names}
     metadata |= {"base": spec.models.base or "", "finetuned": json.dumps(finetuned)}
     with progress.step("merge"):
@@ -92,20 +103,26 @@ def _saved_weights(method: Method, bank: ModelBank, results: Path, row: Mapping[
 
 
 def _write_by_sample(
-    spec: SweepSpec, row: Mapping[str, Any], method: Method, results: Path, output: Path, metadata: Mapping[str, str]
+    spec: SweepSpec,
+    row: Mapping[str, Any],
+    method: Method,
+    results: Path,
+    output: Path,
+    place: str,
+    metadata: Mapping[str, str],
 ) -> list[Path]:
     """Write what makes the weights of every sample beside the models.
 
     ``merge.json`` says how they are made and from which models (location and SHA-256), ``mapping.npz`` is what was
     learned, where something was, and ``sweep.yaml`` a spec that answers samples with them: it needs the models in
-    their places, and learns nothing.
+    their places, the mapping in ``place``, and learns nothing.
     """
     parameters = method.parameters()
     paths = []
     for kept in row["artifacts"]:
         paths.append(output / "mapping.npz")
         shutil.copyfile(results / kept, paths[0])
-        parameters |= {"mapping": str(paths[0].resolve()), "steps": 0}
+        parameters |= {"mapping": f"{place}/{paths[0].name}", "steps": 0}
     locations = ({"base": spec.models.base} if spec.models.base else {}) | {
         f"finetuned/{task}": spec.models.finetuned_location(task) for task in spec.task_names
     }
@@ -123,16 +140,16 @@ def _write_by_sample(
     return paths
 
 
-def _chosen_row(results: Path, study: str | None, objective: str) -> dict[str, Any]:
+def _chosen_row(results: Results, study: str | None, objective: str) -> dict[str, Any]:
     table = rank(read_rows(results), objective)
     merges = table[table["kind"] != "reference"]
     if study is not None:
         if study not in set(merges["study"]):
             raise LedgerError(
-                f"{results} has no confirmed merge of study {study!r}; {choose_from(study, merges['study'])}"
+                f"{results.location} has no confirmed merge of study {study!r}; {choose_from(study, merges['study'])}"
             )
         merges = merges[merges["study"] == study]
     if merges.empty:
-        raise LedgerError(f"{results} has no confirmed merge yet; run its sweep to the end first")
+        raise LedgerError(f"{results.location} has no confirmed merge yet; run its sweep to the end first")
     row: dict[Any, Any] = merges.iloc[0].to_dict()
     return row

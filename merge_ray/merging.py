@@ -15,7 +15,14 @@ from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank, StateDict
-from merge_ray.checkpoints import fingerprint_file, read_finetuned, read_weights, write_open_clip, write_safetensors
+from merge_ray.checkpoints import (
+    destination,
+    fingerprint_file,
+    read_finetuned,
+    read_weights,
+    write_open_clip,
+    write_safetensors,
+)
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.matching import PermutationGroups
 from merge_ray.methods.base import Calibration, Merged, MergeInputs, Method, Unlabeled, make_method
@@ -71,11 +78,15 @@ class MergeResult:
             for name, bits in packed.items()
         }
 
-    def save(self, path: str | Path, format: str = "safetensors", task: str | None = None) -> Path:
-        """Write the weights (of ``task``) with a record of what made them; ``format`` is safetensors or open_clip."""
+    def save(self, path: str | Path, format: str = "safetensors", task: str | None = None) -> None:
+        """Write the weights (of ``task``) to a path or to ``s3://bucket/key``, with a record of what made them.
+
+        ``format`` is safetensors or open_clip.
+        """
         if format not in WRITERS:
             raise ParameterError(f"unknown format {format!r}; {choose_from(format, WRITERS)}")
-        return WRITERS[format](path, self.state_dict(task), self._metadata(task))
+        with destination(path) as file:
+            WRITERS[format](file, self.state_dict(task), self._metadata(task))
 
     def _metadata(self, task: str | None) -> dict[str, str]:
         sources = {

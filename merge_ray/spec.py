@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -16,6 +17,7 @@ from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
 from merge_ray.methods.base import check_parameter, find_method, parameter_fields
+from merge_ray.results import results_at
 from merge_ray.space import Choice, Float, Int, PerTask, Space
 from merge_ray.tasks import TaskSpec
 
@@ -230,7 +232,7 @@ class SweepSpec(Strict):
     """A whole sweep. ``tasks`` lists what to be good at, or ``num_tasks`` picks the papers' 8, 14, 20 or glue."""
 
     name: str
-    results: Path = Path("results")
+    results: str = "results"
     seed: int = 0
     models: ModelsSpec
     tasks: list[TaskSpec]
@@ -292,9 +294,14 @@ class SweepSpec(Strict):
         return sorted({tuple(sorted(pair)) for pair in pairs})
 
     @property
+    def location(self) -> str:
+        """Where everything that this sweep writes goes: a directory, or a place on S3."""
+        return os.path.join(self.results, self.name)
+
+    @property
     def directory(self) -> Path:
-        """Where everything that this sweep writes goes."""
-        return self.results / self.name
+        """The results directory, or its copy on this machine if it lies on S3."""
+        return results_at(self.location).directory
 
 
 def objective_names(tasks: Sequence[str]) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.learning import learn_all
-from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.ledger import compact, forget_learned, keep, record, share, start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
@@ -36,6 +35,7 @@ from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
+from merge_ray.results import Results, own_results
 from merge_ray.spec import EvaluationSpec, SweepSpec
 from merge_ray.study import Study
 from merge_ray.tasks import cache_directory, open_task, overlap
@@ -44,7 +44,8 @@ Rows = dict[str, dict[str, Any]]
 
 
 def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -> Path:
-    """Search every study of ``spec`` and confirm the best on the test split; returns the results directory.
+    """Search every study of ``spec`` and confirm the best on the test split; returns the results directory (its copy
+    here, if it lies on S3).
 
     The ledger in that directory answers for all that it already holds, so the same call after any
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
@@ -52,20 +53,20 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
     before Ray starts where that can be known.
     """
-    with _own_directory(spec.directory):
+    with own_results(spec.location, progress) as results:
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
-        rows = _open_ledger(spec, fingerprints, retry_failed)
-        with ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
+        rows = _open_ledger(spec, results, fingerprints, retry_failed)
+        with ray_session(progress), _start_actors(spec, results, bank, heads, progress) as (pool, ledger):
             sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
             references = sweep.score_references()
             sweep.search(references)
             sweep.confirm(references)
         with progress.step("leaderboard and report"):
-            write_leaderboard(spec.directory, spec.evaluation.objective)
-            write_report(spec.directory)
-    return spec.directory
+            write_leaderboard(results, spec.evaluation.objective)
+            write_report(results)
+    return results.directory
 
 
 class _Sweep:
@@ -126,6 +127,7 @@ class _Sweep:
             best.sort(key=lambda row: row["pair"])
             self._score([self._to_confirm(row) for row in best], references, keep_artifacts=True)
         forget_learned(self.ledger)
+        compact(self.ledger)
 
     def _to_confirm(self, row: Mapping[str, Any]) -> Candidate:
         """A candidate's merge on the test split, with the choices that it made on validation data.
@@ -215,28 +217,6 @@ def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None
         update(name, done, done if finished else trials and trials * len(parts), note, finished)
 
 
-@contextmanager
-def _own_directory(directory: Path) -> Iterator[None]:
-    """Hold the results directory for this process alone; the lock goes with the process, however it ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("a+")
-    except OSError as error:
-        raise LedgerError(f"cannot write to the results directory {directory}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise LedgerError(
-                f"{directory} is in use by process {lock.read().strip()}; wait for it or end it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
 def _prepare_data(
     spec: SweepSpec, base: Mapping[str, torch.Tensor], progress: Progress
 ) -> tuple[dict[str, dict[str, str]], dict[str, np.ndarray]]:
@@ -284,9 +264,9 @@ def _fingerprints(
     )
 
 
-def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
+def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
     """The rows that this sweep already has; raises :class:`LedgerError` if they belong to another sweep."""
-    directory = spec.directory
+    directory = results.directory
     identity = {"bank": fingerprints.bank, "data": dict(fingerprints.data), "protocol": fingerprints.protocol}
     described = directory / "sweep.json"
     if described.exists():
@@ -294,11 +274,12 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool
         if changed := [part for part in identity if before.get(part) != identity[part]]:
             words = {"bank": "models", "data": "data", "protocol": "heads or sampling"}
             raise LedgerError(
-                f"{directory} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
+                f"{results.location} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
                 "choose another name, or move that directory away"
             )
-    described.write_text(json.dumps(identity, indent=2))
-    (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    as_run = yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
+    for name, text in {"sweep.json": json.dumps(identity, indent=2), "sweep.yaml": as_run}.items():
+        results.write(name, methodcaller("write", text.encode()))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}
 
@@ -312,7 +293,7 @@ def _rows_by_identity(directory: Path) -> Rows:
 
 @contextmanager
 def _start_actors(
-    spec: SweepSpec, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
+    spec: SweepSpec, results: Results, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
     extras = spec.models.open_family().tower(bank.extras)
@@ -333,7 +314,7 @@ def _start_actors(
     pool = HostPool.start(
         name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
     )
-    ledger = start_results_actor(spec.directory, f"{name}/results")
+    ledger = start_results_actor(results, f"{name}/results")
     try:
         with progress.step("load the models into the hosts"):
             pool.wait_until_ready()

@@ -36,7 +36,8 @@ class S3Server:
 
     ``fail("error", "truncate", ...)`` is for the requests to come, one each: ``error`` (500), ``slow_down`` (503),
     ``denied`` (403), ``redirect`` (301), ``timeout`` (no answer for ``patience`` seconds), ``truncate`` (half of the
-    body), ``cut`` (the connection closed without an answer), ``pass`` (none). ``outage`` cuts all.
+    body), ``cut`` (the connection closed without an answer), ``lost`` (done, but the answer cut), ``pass`` (none).
+    ``outage`` cuts all.
     """
 
     def __init__(self) -> None:
@@ -128,6 +129,9 @@ class S3Server:
             return
         headers.pop("Transfer-Encoding", None)
         answer = self._forward(asked.command, asked.path, {**headers, "Content-Length": str(len(body))}, body)
+        if fault == "lost":
+            asked.close_connection = True
+            return
         content: bytes = answer.content  # type: ignore[attr-defined]
         length = int(answer.getheader("Content-Length", str(len(content))))
         if fault == "truncate":

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.checkpoints import read_weights
-from merge_ray.cluster.ledger import start_results_actor, write_durably
+from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import CheckpointError, DataError, LedgerError, MergeRayError
@@ -24,6 +24,7 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
+from merge_ray.results import write_durably
 from merge_ray.spec import EvaluationSpec, StudySpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study

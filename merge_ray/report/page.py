@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from merge_ray.leaderboard import (
     widen,
 )
 from merge_ray.report import plots
+from merge_ray.results import Results, open_results
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class Plot:
     source: str
 
 
-def write_report(results: str | Path, objective: str = "normalized_mean") -> Path:
-    """Write ``report.html`` into a results directory, replacing it in one step; returns its path.
+def write_report(results: str | Path | Results, objective: str = "normalized_mean") -> Path:
+    """Write ``report.html`` into a results directory, replacing it in one step; returns its path (on S3, here).
 
     Raises :class:`merge_ray.errors.LedgerError` while no candidate is confirmed on the test split.
     """
-    directory = Path(results)
-    rows = read_rows(directory)
+    opened = open_results(results)
+    directory = opened.directory
+    rows = read_rows(opened)
     table = rank(rows, objective)
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
@@ -60,16 +62,12 @@ def write_report(results: str | Path, objective: str = "normalized_mean") -> Pat
         plots=_plots(rows, table),
         studies=_study_plots(rows, table) + _learning_plots(rows, table) + _coefficient_plots(directory, table),
         failures=_failures(rows),
-        directory=str(results),
+        directory=opened.location,
         spec=spec.read_text("utf-8") if spec.exists() else None,
         versions=json.loads(rows["versions"].iloc[-1]),
         fingerprints={name: rows[f"{name}_fingerprint"].iloc[-1] for name in ("bank", "data")},
     )
-    path = directory / "report.html"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(page, "utf-8")
-    os.replace(aside, path)
-    return path
+    return opened.write("report.html", methodcaller("write", page.encode()))
 
 
 def leaderboard_plot(results: str | Path, path: str | Path, objective: str = "normalized_mean") -> Path:
