@@ -14,12 +14,18 @@ from typing import NamedTuple
 import pytest
 from moto.server import ThreadedMotoServer
 
-SECRET = {"AWS_ACCESS_KEY_ID": "AKIDTESTONLY", "AWS_SECRET_ACCESS_KEY": "never-to-be-seen"}
+from merge_ray.checkpoints import s3
+
+SECRETS = {"AWS_ACCESS_KEY_ID": "AKIDTESTONLY", "AWS_SECRET_ACCESS_KEY": "never-to-be-seen"}
+ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
 REFUSALS = {
-    "error": (500, "InternalError"),
-    "slow_down": (503, "SlowDown"),
-    "denied": (403, "AccessDenied"),
-    "redirect": (301, "PermanentRedirect"),
+    "error": (500, ERROR.format("InternalError")),
+    "slow_down": (503, ERROR.format("SlowDown")),
+    "denied": (403, ERROR.format("AccessDenied")),
+    "bad_key": (403, ERROR.format("InvalidAccessKeyId")),
+    "redirect": (301, ERROR.format("PermanentRedirect")),
+    "echo": (403, ERROR.format("SignatureDoesNotMatch").replace("</M", f": {' '.join(SECRETS.values())}</M")),
+    "html": (200, "<!doctype html><p>Welcome"),
 }
 
 
@@ -35,9 +41,10 @@ class S3Server:
     """moto behind a proxy. ``endpoint`` is the proxy's, ``requests`` are all that came.
 
     ``fail("error", "truncate", ...)`` is for the requests to come, one each: ``error`` (500), ``slow_down`` (503),
-    ``denied`` (403), ``redirect`` (301), ``timeout`` (no answer for ``patience`` seconds), ``truncate`` (half of the
-    body), ``cut`` (the connection closed without an answer), ``lost`` (done, but the answer cut), ``pass`` (none).
-    ``outage`` cuts all.
+    ``denied`` and ``bad_key`` (403), ``redirect`` (301, to eu-central-1), ``echo`` (403, with the credentials in its
+    message), ``html`` (a page), ``timeout`` (no answer for ``patience`` seconds), ``truncate`` (half of the body),
+    ``cut`` (the connection closed without an answer), ``lost`` (done, but the answer cut), ``pass`` (none). ``outage``
+    cuts all.
     """
 
     def __init__(self) -> None:
@@ -123,9 +130,9 @@ class S3Server:
             asked.close_connection = True
             return
         if fault in REFUSALS:
-            status, code = REFUSALS[fault]
-            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
-            self._send(asked, status, [("Content-Type", "application/xml")], text, len(text))
+            status, text = REFUSALS[fault]
+            region = [("x-amz-bucket-region", "eu-central-1")] if fault == "redirect" else []
+            self._send(asked, status, region, text.encode(), len(text))
             return
         headers.pop("Transfer-Encoding", None)
         answer = self._forward(asked.command, asked.path, {**headers, "Content-Length": str(len(body))}, body)
@@ -184,8 +191,10 @@ def s3_process() -> Iterator[S3Server]:
 def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An empty S3 server that the environment names, with quick retries."""
     s3_process.reset()
+    for cached in (s3._client.cache_clear, s3._session.cache_clear, s3._answered.clear):
+        cached()  # a client remembers the regions of buckets
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_NO_SIGN_REQUEST", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {**SECRET, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": s3_process.endpoint}.items():
+    for name, value in {**SECRETS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": s3_process.endpoint}.items():
         monkeypatch.setenv(name, value)
     return s3_process

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from rows import demo_rows, make_row
-from s3_server import SECRET, S3Server
+from s3_server import SECRETS, S3Server, s3_process, s3_server
 from test_cli import run
 
-import merge_ray.checkpoints.s3
+from merge_ray.checkpoints import s3
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import ResultsActor
 from merge_ray.errors import LedgerError
@@ -30,7 +30,7 @@ from merge_ray.lock import _Lock
 from merge_ray.progress import Progress
 from merge_ray.results import Results, open_results, own_results, results_at
 
-pytest_plugins = ["s3_server"]
+__all__ = ["s3_process", "s3_server"]
 
 PLACE = "s3://bucket/results/demo"
 Actor: Any = ResultsActor.__ray_metadata__.modified_class  # type: ignore[attr-defined]
@@ -74,7 +74,9 @@ def add(writer: RowWriter, *rows: dict[str, Any]) -> None:
 
 
 def candidates(count: int, **changes: Any) -> list[dict[str, Any]]:
-    return [make_row("ties", {"digits": 0.5}, {"density": step / 1000}, minute=step, **changes) for step in range(count)]
+    return [
+        make_row("ties", {"digits": 0.5}, {"density": step / 1000}, minute=step, **changes) for step in range(count)
+    ]
 
 
 def identities(rows: list[dict[str, Any]]) -> list[str]:
@@ -244,8 +246,8 @@ def test_artifacts_and_what_is_learned_lie_on_s3(bucket: Any, tmp_path: Path, mo
 def test_a_fault_delays_a_row_and_loses_none(
     bucket: Any, s3_server: S3Server, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_ray.checkpoints.s3, "READ_SECONDS", 1)
-    monkeypatch.setenv("AWS_EXECUTION_ENV", fault)  # other settings, another client
+    monkeypatch.setattr(s3, "READ_SECONDS", 1)
+    s3._client.cache_clear()
     rows = candidates(2)
     with driver() as results:
         s3_server.fail(fault, method="PUT")
@@ -371,7 +373,7 @@ def test_what_s3_refuses_is_said_without_credentials(bucket: Any, s3_server: S3S
         s3_server.fail("denied", method="PUT")
         with pytest.raises(LedgerError, match="cannot write s3://bucket/results/demo.*run the same command") as refused:
             add(RowWriter(results), *candidates(1))
-        assert not any(secret in str(refused.value) for secret in SECRET.values())
+        assert not any(secret in str(refused.value) for secret in SECRETS.values())
         assert list((results.directory / "trials").iterdir()) == []
 
 
