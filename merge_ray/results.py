@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 from filelock import FileLock
+from pydantic import BeforeValidator
 
 from merge_ray.caches import cache_directory
 from merge_ray.checkpoints.s3 import ATTEMPTS, CONNECTIONS, S3Object, client, explained, list_objects, split_location
@@ -32,6 +33,16 @@ ROUNDS = 8
 """How often S3 is listed again while what was listed changes or comes in parts only."""
 MOST_REMOVED = 1000
 """Objects that one request removes at most, by S3's interface."""
+
+
+def _not_on_s3(value: object) -> object:
+    if str(value).startswith("s3:"):
+        raise ValueError("this is written to a local directory only, which can be copied to S3 afterwards")
+    return value
+
+
+LocalDirectory = Annotated[Path, BeforeValidator(_not_on_s3)]
+"""A directory of a spec that cannot be on S3."""
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,24 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
+import yaml
 from rich.console import Console
 from rows import demo_rows, make_row
 from s3_server import SECRETS, S3Server, s3_process, s3_server
 from test_cli import run
+from test_recovery import command, same_leaderboard
 
-from merge_ray.checkpoints import s3
+from merge_ray.checkpoints import read_weights, s3
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import ResultsActor
-from merge_ray.errors import LedgerError
+from merge_ray.errors import LedgerError, SpecError
+from merge_ray.finetune import FinetuneSpec
 from merge_ray.leaderboard import ROW_SCHEMA, RowWriter, read_rows
 from merge_ray.lock import _Lock
 from merge_ray.progress import Progress
 from merge_ray.results import Results, open_results, own_results, results_at
+from merge_ray.spec_files import load_spec
 
 __all__ = ["s3_process", "s3_server"]
 
@@ -393,6 +398,47 @@ def test_commands_take_results_on_s3(
     assert "task_arithmetic" in run("leaderboard", PLACE, "--format", "csv")
     assert f"wrote {PLACE}/report.html" in run("report", PLACE)
     assert keys(bucket, "report") == ["report.html"]
+
+
+def test_a_merge_is_written_to_s3(bucket: Any, tmp_path: Path) -> None:
+    tiny.write_models(tmp_path)
+    words = [f"{task}={tmp_path / task}.safetensors" for task in tiny.TASKS]
+    place = "s3://bucket/merged/model.safetensors"
+    run("merge", "weight_average", "--base", tmp_path / "base.safetensors", "--finetuned", *words, "-o", place)
+    merged = read_weights(place)
+    assert merged.keys() == read_weights(tmp_path / "base.safetensors").keys()
+
+
+def test_what_cannot_be_written_to_s3_is_refused(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump({"name": "a", "output": "s3://bucket/models", "architecture": "b", "tasks": ["c"]}))
+    with pytest.raises(SpecError, match="output: 's3://bucket/models': this is written to a local directory only"):
+        load_spec(FinetuneSpec, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_on_s3_that_is_killed_goes_on_and_is_exported(bucket: Any, tmp_path: Path) -> None:
+    studies = {"ties": {"searcher": "optuna", "trials": 12}, "weight_average": {}}
+    undisturbed = tmp_path / "undisturbed"
+    assert command(tiny.write_world(undisturbed, studies=studies)).wait(600) == 0
+    spec = tiny.write_world(tmp_path / "killed", name="demo", results="s3://bucket/results", studies=studies)
+    process = command(spec)
+    while len(rows_on_s3(bucket)) < 6:
+        assert process.poll() is None, spec.with_name("output").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    acknowledged = read_rows(PLACE).set_index(["study", "identity"])["time"]
+    assert command(spec).wait(600) == 0, spec.with_name("output").read_text()
+    rows = read_rows(PLACE).set_index(["study", "identity"])
+    assert not rows.index.has_duplicates
+    assert rows.loc[acknowledged.index, "time"].equals(acknowledged)
+    assert len(keys(bucket)) == 1
+    assert set(keys(bucket, "")) >= {"sweep.yaml", "sweep.json", "leaderboard.parquet", "report.html"}
+    same_leaderboard(results_at(PLACE).directory, undisturbed / "results" / "tiny")
+    run("export", PLACE, "--study", "ties")
+    assert read_weights(f"{PLACE}/export/merged.safetensors").keys()
 
 
 def test_a_copy_that_was_removed_comes_back(bucket: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from merge_ray.errors import choose_from
 from merge_ray.families import find_family
+from merge_ray.results import LocalDirectory
 from merge_ray.tasks import TaskSpec
 
 
@@ -83,7 +83,7 @@ class FinetuneSpec(Recipe):
     """
 
     name: str
-    output: Path
+    output: LocalDirectory
     """The directory for ``base.safetensors``, ``<task>.safetensors`` (with ``lora``: peft's ``<task>/``) and
     ``finetune.json``."""
     family: str = "clip"

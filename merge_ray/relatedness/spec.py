@@ -14,6 +14,7 @@ from merge_ray.relatedness.correlation import find_reference
 from merge_ray.relatedness.distances import Distance, Steps
 from merge_ray.relatedness.fields import FieldSpec
 from merge_ray.relatedness.samples import SamplesSpec
+from merge_ray.results import LocalDirectory
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -24,7 +25,7 @@ class RelatednessSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    results: Path = Path("results")
+    results: LocalDirectory = Path("results")
     family: str = "clip"
     architecture: str
     models: dict[str, str] | str
