@@ -66,8 +66,8 @@ def hold_lock(
 def check_lock(bucket: str, key: str, owner: str) -> None:
     """Raise LedgerError unless ``owner`` still holds the lock: one who has lost it must not write on.
 
-    What is written between this check and a takeover that it could not see must do no harm by itself: rows are equal
-    whoever writes them, and one that stands in several files counts once.
+    A takeover may come between this check and the write. That does no harm: objects with rows are named by their
+    content, so that a late put replaces nothing and a late removal takes nothing but what lies in a larger object.
     """
     try:
         holder = client(ATTEMPTS).head_object(Bucket=bucket, Key=key)["Metadata"].get("owner")
@@ -110,8 +110,11 @@ class _Lock:
                 answer = None
         if answer is None:
             # An earlier try may have been written and only its answer lost.
-            self.etag, holder = self._read()
-            return holder.get("owner") == self.owner and self.put(owner)
+            etag, holder = self._read()
+            if holder.get("owner") != self.owner:
+                return False
+            self.etag = etag
+            return self.put(owner)
         self.etag = answer["ETag"]
         return True
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from merge_ray.cluster.ledger import ResultsActor
 from merge_ray.errors import LedgerError, SpecError
 from merge_ray.finetune import FinetuneSpec
 from merge_ray.leaderboard import ROW_SCHEMA, RowWriter, read_rows
-from merge_ray.lock import _Lock
+from merge_ray.lock import _Lock, hold_lock
 from merge_ray.progress import Progress
 from merge_ray.results import Results, open_results, own_results, results_at
 from merge_ray.spec_files import load_spec
@@ -214,6 +214,15 @@ def test_a_failure_goes_when_its_candidate_is_scored_again(bucket: Any) -> None:
         assert len(rows_on_s3(bucket)) == 3
 
 
+def test_without_permission_to_remove_rows_are_safe(bucket: Any, s3_server: S3Server) -> None:
+    rows = candidates(6)
+    with driver() as results:
+        writer = RowWriter(results, most_small=2)
+        s3_server.fail("denied", "denied", method="POST")
+        add(writer, *rows)
+        assert sorted(read_rows(results)["identity"]) == identities(rows)
+
+
 def test_a_shared_row_is_found_in_what_was_compacted(bucket: Any) -> None:
     rows = candidates(3)
     with driver() as results:
@@ -274,8 +283,8 @@ def test_what_is_gone_from_s3_is_gone_here_and_what_changed_is_fetched(bucket: A
     rows = candidates(3)
     with driver() as results:
         add(RowWriter(results), *rows)
-    bucket.Object(f"results/demo/trials/{rows[0]['identity']}.parquet").delete()
-    kept = results.directory / "trials" / f"{rows[1]['identity']}.parquet"
+    bucket.objects.filter(Prefix=f"results/demo/trials/{rows[0]['identity']}").delete()
+    [kept] = (results.directory / "trials").glob(f"{rows[1]['identity']}*")
     kept.write_bytes(kept.read_bytes()[::-1])
     assert read_identities() == identities(rows[1:])
 
@@ -320,6 +329,19 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(
             pass
     with driver():
         pass
+
+
+def test_a_driver_that_was_replaced_leaves_the_lock_alone(bucket: Any) -> None:
+    with ExitStack() as first:
+        first.enter_context(driver(beat=0.2))
+        with hold_lock("bucket", "results/demo/.lock", holder(bucket), quiet()) as owner:
+            time.sleep(1)
+            first.close()
+            assert holder(bucket) == owner
+
+
+def holder(bucket: Any) -> str:
+    return str(bucket.Object("results/demo/.lock").metadata["owner"])
 
 
 def abandon_lock() -> str:

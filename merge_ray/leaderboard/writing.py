@@ -6,7 +6,6 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +27,8 @@ class RowWriter:
 
     On S3, rows that come while others are being written go into one object together (group commit), and small objects
     are compacted: the larger one is put first and the small ones are removed then, so that a crash between the two
-    loses nothing, and what stands twice is read once. What holds several rows is named by its content, hence never
-    replaced by anything else.
+    loses nothing, and what stands twice is read once. Objects are named by their content, so that nothing is ever
+    replaced by other rows, or removed in the place of others.
     """
 
     def __init__(self, results: Results, most_small: int = MOST_SMALL) -> None:
@@ -51,10 +50,10 @@ class RowWriter:
     def find(self, identity: str) -> pa.Table:
         """A candidate's row, of whichever study."""
         with self._writing:
-            alone = self._trials / f"{identity}.parquet"
-            files = [str(alone)] if alone.exists() else row_files(self.results.directory)
-            rows = pads.field("identity") == identity
-            return without_doubles(read_files(files).filter(rows)).slice(0, 1)
+            files = row_files(self.results.directory)
+            named = [file for file in files if Path(file).name.startswith(identity)]
+            found = read_files(named or files).filter(pads.field("identity") == identity)
+            return without_doubles(found).slice(0, 1)
 
     def compact(self, most_small: int = 1) -> None:
         """Write the small objects as one, if there are more than so many of them on S3."""
@@ -74,31 +73,29 @@ class RowWriter:
         for *_, written in waiting:
             written.set_result(None)
         if self.results.on_s3:
-            # The rows are safe; what could not be compacted is compacted later.
-            with suppress(LedgerError):
+            try:
                 self._compact(self.most_small)
+            except LedgerError:
+                # The rows are safe; to compact them is tried again later.
+                self.most_small *= 2
 
     def _write(self, rows: Mapping[str, pa.Table]) -> None:
-        if self.results.on_s3 and len(rows) > 1:
-            self._write_together(pa.concat_tables(rows.values()))
+        if self.results.on_s3:
+            self._write_object(next(iter(rows)) if len(rows) == 1 else "rows", pa.concat_tables(rows.values()))
             return
         for name, row in rows.items():
             self.results.write(f"trials/{name}.parquet", partial(pq.write_table, row))
 
-    def _write_together(self, rows: pa.Table) -> Path:
+    def _write_object(self, stem: str, rows: pa.Table) -> Path:
         buffer = pa.BufferOutputStream()
         pq.write_table(rows, buffer)
         content = buffer.getvalue()
-        name = f"rows-{hashlib.sha256(content).hexdigest()[:32]}"
+        name = f"{stem}-{hashlib.sha256(content).hexdigest()[:32]}"
         return self.results.write(f"trials/{name}.parquet", lambda file: file.write(content))
 
     def _compact(self, most_small: int) -> None:
         files = [Path(file) for file in row_files(self.results.directory)]
         small = [file for file in files if file.stat().st_size < SMALL_BYTES]
         if len(small) > most_small:
-            whole = self._write_together(without_doubles(read_files([str(file) for file in small])))
+            whole = self._write_object("rows", without_doubles(read_files([str(file) for file in small])))
             self.results.remove(*(f"trials/{file.name}" for file in small if file != whole))
-
-    @property
-    def _trials(self) -> Path:
-        return self.results.directory / "trials"
