@@ -142,7 +142,7 @@ def test_a_fault_is_overcome(bucket: S3Server, fault: str, monkeypatch: pytest.M
     bucket.patience = 1.5
     monkeypatch.setattr(s3, "READ_SECONDS", 1)
     monkeypatch.setattr(s3_files, "PART", 2500)
-    s3._client.cache_clear()
+    monkeypatch.setenv("AWS_EXECUTION_ENV", fault)  # another environment, another client
     put("a.safetensors", weights(a=3))
     bucket.fail(fault, fault, method="GET")
     if fault != "truncate":
@@ -243,10 +243,12 @@ def test_what_is_not_there(bucket: S3Server) -> None:
     ],
 )
 def test_refusals(bucket: S3Server, fault: str, message: str) -> None:
-    put("a.safetensors", weights(a=3))
+    name = fault.replace("_", "-")  # a bucket of its own, whose region boto3 remembers
+    client().create_bucket(Bucket=name)
+    client().put_object(Bucket=name, Key="a.safetensors", Body=weights(a=3))
     bucket.fail(*[fault] * 8)
-    with pytest.raises(CheckpointError, match=rf"s3://models/a.safetensors: {message}"):
-        open_location("s3://models/a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"s3://{name}/a.safetensors: {message}"):
+        open_location(f"s3://{name}/a.safetensors")
 
 
 def test_a_server_that_never_recovers(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,11 @@ def _download(found: S3Object, spans: Iterable[Span], path: Path) -> None:
     parts = [(first, min(first + PART, end)) for start, end in spans for first in range(start, end, PART)]
     with path.open("wb") as file, ThreadPoolExecutor(min(CONNECTIONS, max(len(parts), 1))) as pool:
         file.truncate(found.size)
-        list(pool.map(lambda part: _read(found, *part, lambda *piece: os.pwrite(file.fileno(), *piece)), parts))
+
+        def fill(part: Span) -> None:
+            _read(found, *part, lambda piece, position: os.pwrite(file.fileno(), piece, position))
+
+        list(pool.map(fill, parts))
 
 
 def _read(found: S3Object, start: int, end: int, write: Callable[[bytes, int], object]) -> None:

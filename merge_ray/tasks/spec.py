@@ -29,8 +29,8 @@ class TaskSpec(BaseModel):
     builtin: str | None = None
     parquet: str | dict[Split, str] | None = Field(
         default=None,
-        description="a Parquet file, directory, glob, hf://datasets/ location, any of these with {split} in it, "
-        "or one per split; what names no split is divided into train, val and test",
+        description="a Parquet file, directory, glob, hf://datasets/ or s3:// location, any of these with {split} in "
+        "it, or one per split; what names no split is divided into train, val and test",
     )
     torchvision: str | None = None
     image_folder: str | None = Field(default=None, description="a directory root/{train,val,test}/class or root/class")
