@@ -195,6 +195,14 @@ class StudySpec(SearchSpec):
         searched = {name: field.metadata["search"] for name, field in fields.items() if name not in self.parameters}
         return {name: part for name, part in searched.items() if part is not None}
 
+    def named_files(self) -> set[str]:
+        """The locations of the files that the study's parameters name, fixed or searched."""
+        named = {name: [value] for name, value in self.parameters.items()}
+        named |= {name: space.grid() for name, space in (self.space or {}).items()}
+        fields = parameter_fields(find_method(self.method))
+        files = [value for name, values in named.items() if fields[name].metadata["file"] for value in values]
+        return {value for value in files if isinstance(value, str)}
+
 
 def _in_kind(space: Space, valid: Space) -> Space:
     """A range written in YAML as the parameter means it: of integers where only integers are valid."""

@@ -21,6 +21,7 @@ import yaml
 
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
+from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.learning import learn_all
@@ -279,8 +280,12 @@ def _fingerprints(
     later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
     left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
+    files = set().union(*(study.named_files() for study in spec.studies.values()))
     return Fingerprints(
-        bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)
+        bank.fingerprint,
+        {split: fingerprint_of(parts) for split, parts in data.items()},
+        fingerprint_of(protocol),
+        {location: fingerprint_file(location) for location in sorted(files)},
     )
 
 
