@@ -53,7 +53,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
     before Ray starts where that can be known.
     """
-    with _own_directory(spec.directory):
+    with spec.s3.applied(), _own_directory(spec.directory):
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
@@ -332,6 +332,7 @@ def _start_actors(
         cache=cache_directory(),
         device="cpu",
         threads=1,
+        s3=spec.s3,
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"

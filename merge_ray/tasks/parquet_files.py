@@ -26,7 +26,7 @@ BUFFER = 8 << 20
 """Columns on S3 are read in pieces of so many bytes, however large a row group is."""
 
 
-def find_parts(location: str | Mapping[Split, str]) -> dict[str, list[ParquetFile]]:
+def find_parts(location: str | Mapping[Split, str]) -> dict[str, Sequence[ParquetFile]]:
     """The Parquet files of every part that a location names.
 
     Raises :class:`DataError` where there are none, and what :func:`open_location` raises for what is far away.
@@ -49,7 +49,7 @@ def find_parts(location: str | Mapping[Split, str]) -> dict[str, list[ParquetFil
     return {UNDIVIDED: files} if whole else _divide(files)
 
 
-def _divide(files: Sequence[ParquetFile]) -> dict[str, list[ParquetFile]]:
+def _divide(files: Sequence[ParquetFile]) -> dict[str, Sequence[ParquetFile]]:
     """Sort a directory's files by the split in their names (``train.parquet``, ``test-00000-of-00002.parquet``)
     or in their parents' (``train/0000.parquet``)."""
     splits = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -60,10 +60,10 @@ def _divide(files: Sequence[ParquetFile]) -> dict[str, list[ParquetFile]]:
         split = splits.get(word) or splits.get(path.parent.name)
         if split:
             parts.setdefault(split, []).append(file)
-    return parts or {UNDIVIDED: list(files)}
+    return dict(parts) or {UNDIVIDED: files}
 
 
-def _find_files(place: str) -> list[ParquetFile]:
+def _find_files(place: str) -> Sequence[ParquetFile]:
     files = _match(place)
     if not files and place.startswith("s3://") and not glob.has_magic(place):
         from merge_ray.checkpoints.s3 import absent, split_location
@@ -74,7 +74,7 @@ def _find_files(place: str) -> list[ParquetFile]:
     return files
 
 
-def _match(place: str) -> list[ParquetFile]:
+def _match(place: str) -> Sequence[ParquetFile]:
     """The files of a place without ``{split}``: a file, a directory's Parquet files, or what a glob finds."""
     if place.startswith("s3://"):
         return _match_s3(place)
@@ -86,7 +86,7 @@ def _match(place: str) -> list[ParquetFile]:
     return [Path(match) for match in sorted(glob.glob(place, recursive=True))]
 
 
-def _match_s3(place: str) -> list[ParquetFile]:
+def _match_s3(place: str) -> Sequence[ParquetFile]:
     from merge_ray.checkpoints.s3 import find_object, list_objects, split_location
 
     bucket, key = split_location(place)

@@ -94,6 +94,13 @@ class TaskSpec(BaseModel):
     def _known_torchvision(cls, value: str | None) -> str | None:
         return _known(value, "torchvision data set", TORCHVISION_SETS)
 
+    @field_validator("image_folder", "taskonomy", "root")
+    @classmethod
+    def _on_this_machine(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("s3://"):
+            raise ValueError("files of their own are read from a directory on this machine; of S3, only parquet")
+        return value
+
     @field_validator("parquet")
     @classmethod
     def _some_split(cls, value: str | dict[Split, str] | None) -> str | dict[Split, str] | None:
