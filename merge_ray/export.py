@@ -46,8 +46,22 @@ def export_merge(
     if format not in FORMATS:
         raise LedgerError(f"--format {format}: {choose_from(format, FORMATS)}")
     opened = open_results(location)
+    source = opened.directory / "sweep.yaml"
+    spec = check_spec(SweepSpec, read_yaml(source), source)
+    with spec.s3.applied():
+        return _export(spec, opened, study, output, format, progress, published)
+
+
+def _export(
+    spec: SweepSpec,
+    opened: Results,
+    study: str | None,
+    output: Path,
+    format: str,
+    progress: Progress,
+    published: str | None,
+) -> list[Path]:
     results = opened.directory
-    spec = check_spec(SweepSpec, read_yaml(results / "sweep.yaml"), results / "sweep.yaml")
     row = _chosen_row(opened, study, spec.evaluation.objective)
     bank, _ = load_bank(spec.models, spec.task_names, progress)
     if bank.fingerprint != row["bank_fingerprint"]:

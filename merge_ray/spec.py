@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
@@ -197,6 +198,14 @@ class StudySpec(SearchSpec):
         searched = {name: field.metadata["search"] for name, field in fields.items() if name not in self.parameters}
         return {name: part for name, part in searched.items() if part is not None}
 
+    def named_files(self) -> set[str]:
+        """The locations of the files that the study's parameters name, fixed or searched."""
+        named = {name: [value] for name, value in self.parameters.items()}
+        named |= {name: space.grid() for name, space in (self.space or {}).items()}
+        fields = parameter_fields(find_method(self.method))
+        files = [value for name, values in named.items() if fields[name].metadata["file"] for value in values]
+        return {value for value in files if isinstance(value, str)}
+
 
 def _in_kind(space: Space, valid: Space) -> Space:
     """A range written in YAML as the parameter means it: of integers where only integers are valid."""
@@ -241,6 +250,8 @@ class SweepSpec(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     studies: dict[str, StudySpec]
     hosts: HostsSpec = HostsSpec()
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.field_validator("name")
     @classmethod

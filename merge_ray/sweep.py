@@ -20,6 +20,7 @@ import yaml
 
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
+from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.learning import learn_all
@@ -53,7 +54,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
     before Ray starts where that can be known.
     """
-    with own_results(spec.location, progress) as results:
+    with spec.s3.applied(), own_results(spec.location, progress) as results:
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
@@ -259,8 +260,12 @@ def _fingerprints(
     later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
     left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
+    files = set().union(*(study.named_files() for study in spec.studies.values()))
     return Fingerprints(
-        bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)
+        bank.fingerprint,
+        {split: fingerprint_of(parts) for split, parts in data.items()},
+        fingerprint_of(protocol),
+        {location: fingerprint_file(location) for location in sorted(files)},
     )
 
 
@@ -308,13 +313,14 @@ def _start_actors(
         cache=cache_directory(),
         device="cpu",
         threads=1,
+        s3=spec.s3,
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
     pool = HostPool.start(
         name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
     )
-    ledger = start_results_actor(results, f"{name}/results")
+    ledger = start_results_actor(results, f"{name}/results", spec.s3.environment())
     try:
         with progress.step("load the models into the hosts"):
             pool.wait_until_ready()

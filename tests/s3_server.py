@@ -191,8 +191,7 @@ def s3_process() -> Iterator[S3Server]:
 def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An empty S3 server that the environment names, with quick retries."""
     s3_process.reset()
-    for cached in (s3._client.cache_clear, s3._session.cache_clear, s3._answered.clear):
-        cached()  # a client remembers the regions of buckets
+    s3._answered.clear()
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_NO_SIGN_REQUEST", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**SECRETS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": s3_process.endpoint}.items():

@@ -461,6 +461,13 @@ def test_zero_task_vectors_answer_as_the_base(world: World) -> None:
         np.testing.assert_allclose(answers[task], expected, atol=1e-6)
 
 
+def test_what_only_learning_uses_makes_no_other_candidate_without_a_step() -> None:
+    given = {"learning_rate": 1e-3, "optimizer": "adamw", "batch_size": 4, "granularity": "layer"}
+    unlearned = make_method("dict_fusion", {**given, "steps": 0}).parameters()
+    assert unlearned == make_method("dict_fusion", {"steps": 0, "granularity": "layer"}).parameters()
+    assert given.items() <= make_method("dict_fusion", {**given, "steps": 1}).parameters().items()
+
+
 def test_one_task_and_fewer_samples_than_a_batch(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     alone = make_world(tasks=("ants",), samples=3)
     merged = alone.predictor(steps=3, **LEARNING)

@@ -110,6 +110,7 @@ def test_a_row_that_is_acknowledged_is_on_s3(bucket: Any, tmp_path: Path, monkey
             assert rows_on_s3(bucket) == identities(rows[:done])
     another_machine(monkeypatch, tmp_path / "second")
     pd.testing.assert_frame_equal(read_rows(PLACE), read_rows(results.directory))
+    assert sorted(pd.read_parquet(f"{PLACE}/trials")["identity"]) == identities(rows)
 
 
 def test_rows_that_wait_go_together_and_none_is_acknowledged_early(
@@ -226,7 +227,7 @@ def test_without_permission_to_remove_rows_are_safe(bucket: Any, s3_server: S3Se
 def test_a_shared_row_is_found_in_what_was_compacted(bucket: Any) -> None:
     rows = candidates(3)
     with driver() as results:
-        actor = Actor(results)
+        actor = Actor(results, {})
         for row in rows:
             actor.record(row)
         actor.compact()
@@ -238,12 +239,12 @@ def test_a_shared_row_is_found_in_what_was_compacted(bucket: Any) -> None:
 def test_artifacts_and_what_is_learned_lie_on_s3(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = Learned(step=50, state={"m": np.ones(2)}, artifacts={"coefficient": np.ones(3)})
     with driver() as results:
-        actor = Actor(results)
+        actor = Actor(results, {})
         actor.save_learned("ab", learned)
         actor.save_learned("cd", learned)
     another_machine(monkeypatch, tmp_path / "second")
     with driver() as results:
-        actor = Actor(results)
+        actor = Actor(results, {})
         np.testing.assert_array_equal(actor.load_learned("ab").state["m"], np.ones(2))
         actor.forget_learned("cd")
         assert actor.keep("ab", "study", {"coefficient": np.ones(3)}, "ab") == "artifacts/ab.npz"

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
 from s3_server import SECRETS, S3Server, s3_process, s3_server
 
-from merge_ray.checkpoints import find_beside, open_location, read_metadata, read_weights, s3, s3_files
+from merge_ray.checkpoints import find_beside, nothing, open_location, read_metadata, read_weights, s3, s3_files
 from merge_ray.checkpoints.adapters import is_adapter
 from merge_ray.checkpoints.s3 import S3Settings, client
 from merge_ray.errors import CheckpointError, MissingError
+from merge_ray.tasks.parquet_files import find_parts
+from merge_ray.tasks.text_sources import read_columns
 
 __all__ = ["s3_process", "s3_server"]
 
@@ -93,6 +100,36 @@ def test_a_hugging_face_folder(bucket: S3Server) -> None:
     assert not is_adapter("s3://models/t5")
 
 
+def test_a_folder_of_which_no_weights_are_wanted(bucket: S3Server) -> None:
+    for name in ("config.json", "tokenizer.json", "ants.safetensors", "bees.safetensors"):
+        put(f"clip/{name}", b"{}")
+    assert sorted(path.name for path in open_location("s3://models/clip", nothing).iterdir()) == [
+        "config.json",
+        "tokenizer.json",
+    ]
+    assert not any("safetensors" in key for key in fetched(bucket))
+
+
+@pytest.mark.slow
+def test_an_outage_of_a_minute(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With real waits, by both of the ways that S3 is read."""
+    monkeypatch.setenv("MERGE_RAY_CACHE", str(tmp_path))
+    client().create_bucket(Bucket="models")
+    put("a.safetensors", weights(a=3))
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one"]}), buffer)
+    put("texts.parquet", buffer.getvalue())
+    [file] = find_parts("s3://models/texts.parquet")["all"]
+    s3_server.down = True
+    end = threading.Timer(60, lambda: setattr(s3_server, "down", False))
+    end.start()
+    with ThreadPoolExecutor() as pool:
+        model = pool.submit(read_weights, "s3://models/a.safetensors")
+        texts = pool.submit(read_columns, file, ["text"])
+        assert model.result()["a"][0] == 3 and texts.result()["text"].to_pylist() == ["one"]
+    assert not end.is_alive()
+
+
 def test_the_only_match_and_the_file_beside(bucket: S3Server) -> None:
     put("normal_encoder-1.pth", b"x")
     put("depth_encoder-2.pth", b"x")
@@ -142,7 +179,7 @@ def test_a_fault_is_overcome(bucket: S3Server, fault: str, monkeypatch: pytest.M
     bucket.patience = 1.5
     monkeypatch.setattr(s3, "READ_SECONDS", 1)
     monkeypatch.setattr(s3_files, "PART", 2500)
-    s3._client.cache_clear()
+    monkeypatch.setenv("AWS_EXECUTION_ENV", fault)  # another environment, another client
     put("a.safetensors", weights(a=3))
     bucket.fail(fault, fault, method="GET")
     if fault != "truncate":
@@ -243,10 +280,12 @@ def test_what_is_not_there(bucket: S3Server) -> None:
     ],
 )
 def test_refusals(bucket: S3Server, fault: str, message: str) -> None:
-    put("a.safetensors", weights(a=3))
+    name = fault.replace("_", "-")  # a bucket of its own, whose region boto3 remembers
+    client().create_bucket(Bucket=name)
+    client().put_object(Bucket=name, Key="a.safetensors", Body=weights(a=3))
     bucket.fail(*[fault] * 8)
-    with pytest.raises(CheckpointError, match=rf"s3://models/a.safetensors: {message}"):
-        open_location("s3://models/a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"s3://{name}/a.safetensors: {message}"):
+        open_location(f"s3://{name}/a.safetensors")
 
 
 def test_a_server_that_never_recovers(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,15 @@ def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
     ]
 
 
+def test_files_that_parameters_name_are_known(tmp_path: Path) -> None:
+    space = {"mapping": ["a.npz", "b.safetensors"]}
+    study = {"method": "dict_fusion", "parameters": {"feature_extractor": "base"}, "space": space, "searcher": "grid"}
+    masks = {"method": "tall_mask", "parameters": {"masks": "masks.npz"}, "searcher": "grid"}
+    (spec,) = load(tmp_path, studies={"mapping": study, "masks": masks})
+    named = [study.named_files() for study in spec.studies.values()]
+    assert named == [{"a.npz", "b.safetensors"}, {"masks.npz"}]
+
+
 def test_saved_steps_are_searched_as_the_results_page_says(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "results" / "README.md").read_text()
     [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)

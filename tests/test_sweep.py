@@ -248,6 +248,17 @@ class StandIn:
         return {"objective": coefficient, "mean": coefficient, "normalized_mean": coefficient, "samples": 8}
 
 
+def test_a_candidate_that_names_a_file_is_another_when_its_content_changes() -> None:
+    def identity(mapping: str, content: str) -> str:
+        files = {"a.npz": content, "b.npz": "of another candidate"}
+        fingerprints = Fingerprints("bank", {"val": "data"}, "protocol", files)
+        method = make_method("dict_fusion", {"mapping": mapping, "steps": 0})
+        return Candidate.of("sweep", "study", method, 0, "val", fingerprints).identity
+
+    assert identity("a.npz", "before") != identity("a.npz", "after")
+    assert identity("c.npz", "before") == identity("c.npz", "after"), "a file that it does not name"
+
+
 def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
     template = Candidate.of("stand-in", "study", make_method("task_arithmetic", {}), 0, "val", fingerprints)

@@ -14,7 +14,7 @@ import torch
 from merge_ray.checkpoints.collect import collect_weights
 from merge_ray.checkpoints.containers import Container, damage_reported, open_pickled, open_zip
 from merge_ray.checkpoints.locations import open_location
-from merge_ray.checkpoints.s3_files import Wanted
+from merge_ray.checkpoints.s3_files import Wanted, nothing
 from merge_ray.checkpoints.weight_files import PICKLED, SAFETENSORS, SHARD_INDEX, read_weight_map, weight_files
 from merge_ray.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def read_weights(location: str | Path, wanted: Wanted | None = None) -> dict[str
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text metadata of a safetensors file; empty where it has none. Raises CheckpointError."""
-    path = open_location(path, lambda name: False)
+    path = open_location(path, nothing)
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {})

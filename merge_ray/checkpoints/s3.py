@@ -284,11 +284,12 @@ def _refusal(error: ClientError, bucket: str) -> str:
     if code in ("401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
         return f"the credentials are not valid ({code}); renew them, or choose others with s3.profile (or AWS_PROFILE)"
     if status == 403:
-        who = "anonymous access" if _is_anonymous() else "these credentials"
+        who, instead = "these credentials", "; choose others with s3.profile (or AWS_PROFILE), or s3.anonymous: true"
+        if _is_anonymous():
+            who, instead = "anonymous access", "; leave out s3.anonymous to use credentials"
         return (
             f"no permission ({code}): {who} may not read it, or it does not exist, which is not told without the "
-            "permission to list the bucket; choose others with s3.profile (or AWS_PROFILE), or s3.anonymous: true for "
-            "a public bucket"
+            f"permission to list the bucket{instead}"
         )
     if status is not None and status >= 500:
         return f"{_endpoint()} answers {code} ({status}) again and again; given up, run again later"

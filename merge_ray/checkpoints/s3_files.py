@@ -50,6 +50,11 @@ Wanted = Callable[[str], bool]
 Span = tuple[int, int]
 
 
+def nothing(name: str) -> bool:
+    """What is wanted where no tensor is: of a folder only the small files are fetched then, of a file its header."""
+    return False
+
+
 def open_s3(location: str, wanted: Wanted | None = None) -> Path:
     """Fetch what ``s3://bucket/key`` means, unless it is in the cache already, and give its local path.
 
@@ -102,7 +107,7 @@ def _open_folder(bucket: str, key: str, wanted: Wanted | None) -> Path:
     here = list_objects(bucket, prefix)
     if not here:
         raise absent(bucket, key)
-    weights = weight_files(item.name for item in here)
+    weights = [] if wanted is nothing else weight_files(item.name for item in here)
     if len(weights) > 1:
         raise CheckpointError(
             f"s3://{bucket}/{key}: holds several weight files, name one of them: {', '.join(weights)}"
@@ -149,7 +154,11 @@ def _download(found: S3Object, spans: Iterable[Span], path: Path) -> None:
     parts = [(first, min(first + PART, end)) for start, end in spans for first in range(start, end, PART)]
     with path.open("wb") as file, ThreadPoolExecutor(min(CONNECTIONS, max(len(parts), 1))) as pool:
         file.truncate(found.size)
-        list(pool.map(lambda part: _read(found, *part, lambda *piece: os.pwrite(file.fileno(), *piece)), parts))
+
+        def fill(part: Span) -> None:
+            _read(found, *part, lambda piece, position: os.pwrite(file.fileno(), piece, position))
+
+        list(pool.map(fill, parts))
 
 
 def _read(found: S3Object, start: int, end: int, write: Callable[[bytes, int], object]) -> None:

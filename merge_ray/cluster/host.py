@@ -7,7 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.cluster.learned import Learned
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
@@ -42,6 +43,7 @@ class HostSetup:
     cache: Path
     device: str
     threads: int
+    s3: S3Settings = field(default_factory=S3Settings)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
@@ -55,6 +57,7 @@ class ModelHost:
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
         """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
         torch.set_num_threads(setup.threads)
+        os.environ.update(setup.s3.environment())
         arrays, extras = ray.get(list(shared))
         self.setup = setup
         self.device = torch.device(setup.device)

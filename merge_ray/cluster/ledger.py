@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ class ResultsActor:
     that is asked again changes nothing.
     """
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
         self.results = results
         for folder in FOLDERS:
             (results.directory / folder).mkdir(parents=True, exist_ok=True)
@@ -97,12 +99,17 @@ class ResultsActor:
         return os.getpid()
 
 
-def start_results_actor(results: Path | Results, name: str) -> Any:
-    """A :class:`ResultsActor` on the driver's own node, where the results directory, or its copy, is."""
+def start_results_actor(
+    results: Path | Results, name: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """A :class:`ResultsActor` on the driver's own node, where the results directory, or its copy, is.
+
+    environment: variables for its process, such as those of :class:`merge_ray.checkpoints.s3.S3Settings`.
+    """
     opened = open_results(results)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ResultsActor.options(name=name, scheduling_strategy=here)  # type: ignore[attr-defined]
-    return options.remote(replace(opened, directory=opened.directory.resolve()))
+    return options.remote(replace(opened, directory=opened.directory.resolve()), dict(environment))
 
 
 def record(ledger: Any, row: Mapping[str, Any]) -> None:

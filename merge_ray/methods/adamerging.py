@@ -89,7 +89,7 @@ class AdaMerging(LearnedMethod):
         2, valid=Int(1, 1000), help="batches of every task in a step; the authors' code takes 2"
     )
     coefficients: str | Mapping[str, Any] | None = param(
-        None, valid=Coefficients(), help="learned coefficients to merge with, in place of learning them"
+        None, valid=Coefficients(), file=True, help="learned coefficients to merge with, in place of learning them"
     )
 
     @property

@@ -29,13 +29,16 @@ gives samples without their labels, ``permutation_groups`` says which channels o
 ``calibration`` has statistics of the models' activations; ``labels`` is for references that answer with them."""
 
 
-def param(default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, help: str) -> Any:
+def param(
+    default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, file: bool = False, help: str
+) -> Any:
     """Declare a method's parameter: the one source for validation, the search space and the documentation.
 
     ``valid`` is the set of allowed values, ``search`` what a sweep tries unless told otherwise (None: the default
-    only). With ``per_task`` a value may also be a mapping of every task to a value of ``valid``.
+    only). With ``per_task`` a value may also be a mapping of every task to a value of ``valid``. With ``file`` a text
+    is the location of a file, whose content is part of a candidate's identity.
     """
-    metadata = {"valid": valid, "search": search, "per_task": per_task, "help": help}
+    metadata = {"valid": valid, "search": search, "per_task": per_task, "file": file, "help": help}
     return dataclasses.field(default=default, metadata=metadata)
 
 
