@@ -84,6 +84,10 @@ class Study:
         self.exhausted = True
         return None
 
+    def accepts(self, outcome: Outcome) -> bool:
+        """Whether an outcome answers for a candidate: what was cut short does where a scheduler may do so."""
+        return self.spec.scheduler != "none" or not outcome.pruned
+
     def cutoffs(self) -> dict[int, float]:
         """What a candidate proposed now must reach after a number of reports to go on."""
         if self.spec.scheduler == "none":
@@ -113,12 +117,11 @@ class Study:
         return replace(self.template, parameters=proposed.make().parameters())
 
     def _answer(self, candidate: Candidate) -> Outcome | None:
-        """What the ledger or an earlier study has found; what was cut short counts only where a scheduler may do so."""
+        """What the ledger or an earlier study has found."""
         found = [study.outcomes.get(candidate.identity) for study in self.earlier]
         if (row := self.known.get(candidate.identity)) is not None:
             found.append(outcome_of(row))
-        may_prune = self.spec.scheduler != "none"
-        return next((item for item in found if item is not None and (may_prune or not item.pruned)), None)
+        return next((item for item in found if item is not None and self.accepts(item)), None)
 
     def _tell(self) -> None:
         assert self._proposer is not None
