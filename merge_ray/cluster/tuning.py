@@ -96,10 +96,9 @@ class SweepSearcher(Searcher):
         """The outcome that a trial recorded before its process ended."""
         rows = read_rows(self.directory)
         # A failure may be an earlier run's, which this one was told to try again.
-        own: list[Any] = rows[(rows["identity"] == candidate.identity) & (rows["status"] != "failed")].to_dict(
-            "records"
-        )
-        return next((outcome for row in own.to_dict("records") if study.accepts(outcome := outcome_of(row))), None)
+        own = rows[(rows["identity"] == candidate.identity) & (rows["status"] != "failed")]
+        outcomes = [outcome_of(row) for _, row in own.iterrows()]
+        return next((outcome for outcome in outcomes if study.accepts(outcome)), None)
 
     def _configuration(self, trial_id: str, study: Study, candidate: Candidate, host: int) -> dict[str, Any]:
         self.trials[trial_id] = (study, candidate, host)
