@@ -85,9 +85,7 @@ class Sweep:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command; what it says goes to a file ``output`` in the results."""
-        sets = [
-            f"--set={text}" for text in ("name=faults", f"results={self.results}", "hosts.count=2", *self.overrides)
-        ]
+        settings = ("name=faults", f"results={self.results}", "hosts.count=2", *self.overrides)
         self.results.mkdir(parents=True, exist_ok=True)
         with (self.results / "output").open("ab") as output:
             return subprocess.Popen(
