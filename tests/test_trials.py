@@ -2,15 +2,15 @@
 
 import os
 import signal
+import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from rows import make_scores
 
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.cluster import tuning
@@ -18,7 +18,7 @@ from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
-from merge_ray.errors import MergeRayError, SweepInterrupted
+from merge_ray.errors import LedgerError, MergeRayError, SweepInterrupted
 from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import make_method
 from merge_ray.spec import EvaluationSpec, StudySpec
@@ -39,7 +39,7 @@ class Host:
     def score(self, candidate: Candidate, shard: int, *rest: Any) -> dict[str, Any]:
         self.asked[candidate.identity, shard] += 1
         objective = candidate.parameters["scaling_coefficient"]
-        return {"objective": objective, "tasks": make_scores({"ants": objective}), "seconds_merge": 0.0}
+        return {"objective": objective, "samples": 8}
 
     def counted(self) -> Counter[tuple[str, int]]:
         return self.asked
@@ -48,14 +48,14 @@ class Host:
 class Search:
     """A grid search over ``points`` coefficients on two hosts."""
 
-    def __init__(self, directory: Path, points: int) -> None:
+    def __init__(self, directory: Path, points: int, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.directory, self.hosts = directory, [Host.remote() for _ in range(2)]  # type: ignore[attr-defined]
         grid = [round(0.1 + 0.8 * index / points, 3) for index in range(points)]
         settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}}
         spec = StudySpec.model_validate({"name": "ta", "method": "task_arithmetic", **settings})
         prints = Fingerprints("bank", {"val": "val"}, "protocol")
         template = Candidate.of("sweep", "ta", make_method("task_arithmetic", {}), 0, "val", prints)
-        self.study = Study(spec, template, ["ants"], SHARDS, {}, 4)
+        self.study = Study(spec, template, ["ants"], SHARDS, known or {}, 4)
         self.ledger = start_results_actor(directory, f"{directory.name}/results")
         self.ending = threading.Event()
 
@@ -127,6 +127,43 @@ def test_a_search_that_is_ended_finishes_what_hosts_have(tmp_path: Path, ray_clu
     assert 1 <= len(rows) < 40
     assert set(rows["status"]) == {"complete"}
     assert set(search.study.outcomes) == set(rows["identity"]) == {candidate for candidate, _ in search.asked()}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, 4 MB large; where mounting is not permitted, none."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
+    small_disk: Path, ray_cluster: dict[str, Any]
+) -> None:
+    ballast = small_disk / "ballast"
+
+    def fill() -> None:
+        free = os.statvfs(small_disk)
+        with ballast.open("ab") as file:
+            file.write(bytes(max(0, free.f_bavail * free.f_frsize - 100_000)))
+
+    search = Search(small_disk, points=40)
+    with pytest.raises(LedgerError, match=r"No space left on device; run the same command again to go on"):
+        search.run(lambda: fill() if len(search.study.outcomes) == 3 else None)
+    acknowledged = {row["identity"]: row for row in read_rows(small_disk).to_dict("records")}
+    assert 3 <= len(acknowledged) < 40
+    ballast.unlink()
+    again = Search(small_disk, points=40, known=acknowledged)
+    again.run()
+    rows = {row["identity"]: row for row in read_rows(small_disk).to_dict("records")}
+    assert len(rows) == 40
+    assert {name: rows[name]["time"] for name in acknowledged} == {
+        name: row["time"] for name, row in acknowledged.items()
+    }
+    assert not acknowledged.keys() & {candidate for candidate, _ in again.asked()}
 
 
 def test_ctrl_c_asks_once_and_then_stops() -> None:
