@@ -25,7 +25,8 @@ class Study:
 
     template: a candidate but for what is searched. reports: how often a candidate says what it has reached, after
     each shard and, where it learns, while it does. known: the ledger's rows by identity. distance: how many proposals
-    may be unanswered, where answers matter. earlier: studies of the same method that this one learns from; it waits for them.
+    may be unanswered, where answers matter. earlier: studies of the same method that this one learns from; it waits
+    for them.
     """
 
     def __init__(
