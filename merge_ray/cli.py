@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from merge_ray.errors import MergeRayError, choose_from
+from merge_ray.errors import MergeRayError, SweepInterrupted, choose_from
 
 app = typer.Typer(
     name="merge-ray",
@@ -40,14 +40,21 @@ def sweep(
     Runs on this machine, on a cluster that is running here ([cyan]ray start --head[/]), or inside
     [cyan]ray job submit[/]. Run the same command again after any interruption: it goes on where it stopped.
     """
-    from merge_ray.leaderboard import rank, read_rows, render
+    from merge_ray.leaderboard import rank, read_rows, render, render_search
     from merge_ray.progress import Progress
     from merge_ray.spec_files import load_sweeps
     from merge_ray.sweep import run_sweep
 
     for loaded in load_sweeps(spec, overrides or []):
-        with Progress() as progress:
-            directory = run_sweep(loaded, progress, retry_failed)
+        try:
+            with Progress() as progress:
+                directory = run_sweep(loaded, progress, retry_failed)
+        except SweepInterrupted:
+            _print(render_search(read_rows(loaded.directory)))
+            console.print("\nNothing is confirmed on the test split yet.")
+            _say_how_to_go_on()
+        except KeyboardInterrupt:
+            _say_how_to_go_on()
         _print(render(rank(read_rows(directory), loaded.evaluation.objective)))
         console.print(f"\nLeaderboard  {directory / 'leaderboard.parquet'}\nReport       {directory / 'report.html'}")
         console.print(f"Next         merge-ray export {directory} --best   (write the winner's weights)")
@@ -247,6 +254,12 @@ def compress(
     with Progress() as progress, progress.counted("compress") as update:
         shrunk, seen = run(root, size, update)
     console.print(f"shrunk {shrunk} of {seen} images to {size} x {size}", highlight=False)
+
+
+def _say_how_to_go_on() -> None:
+    """After Ctrl-C, with the status that shells expect then."""
+    console.print("Stopped; every row that was recorded stays. Next: the same command again goes on from there.")
+    raise typer.Exit(130)
 
 
 def _print(rendered: Any) -> None:

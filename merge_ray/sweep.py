@@ -24,6 +24,7 @@ from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_
 from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
+from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
 from merge_ray.cluster.pool import HostPool
@@ -51,7 +52,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
-    before Ray starts where that can be known.
+    before Ray starts where that can be known; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
     with _own_directory(spec.directory):
         bank, base = load_bank(spec.models, spec.task_names, progress)
@@ -93,7 +94,10 @@ class _Sweep:
         return references
 
     def search(self, references: Mapping[str, References]) -> None:
-        """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
+        """Run the studies through Ray Tune, as far as the ledger does not answer for them.
+
+        Ctrl-C ends it after the trials that hosts have: :class:`SweepInterrupted`.
+        """
         studies: list[Study] = []
         evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
         # Pair by pair, for its candidates share what the hosts find out about its models.
@@ -106,9 +110,10 @@ class _Sweep:
             studies.append(Study(spec, template, tasks, reports, self.rows, distance, earlier))
         pairs = len(self.spec.task_pairs)
         totals = {name: spec.trials and spec.trials * pairs for name, spec in self.spec.studies.items()}
-        with self.progress.bars(totals) as update:
+        with self.progress.bars(totals) as update, interruption(self.progress.line) as ending:
             show = partial(_show_studies, studies, update)
-            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, self.spec.directory, show)
+            place = self.spec.directory
+            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, place, show, ending)
         self._share_rows(studies)
 
     def _share_rows(self, studies: Sequence[Study]) -> None:

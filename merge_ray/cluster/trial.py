@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -130,3 +131,14 @@ def _unrecorded(error: LedgerError) -> dict[str, Any]:
 def _shown(report: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a report that Tune and TensorBoard show."""
     return {name: value for name, value in report.items() if isinstance(value, (int, float))}
+
+
+def trial_resources(config: Mapping[str, Any], hosts: int) -> tune.PlacementGroupFactory:
+    """What the trials of a host ask for: with it, Tune keeps one process a host, and reuses it for that host alone.
+
+    The hosts own the cores and devices; their trials only wait for them, beside the driver. Every node bears a
+    resource 1 of its own, and the head's is shared out so that no more processes than hosts can start (Ray takes four
+    decimals). Tune reuses a process for an equal request, hence a request of as many bytes as the host's number.
+    """
+    share = math.floor(10_000 / hosts) / 10_000
+    return tune.PlacementGroupFactory([{"node:__internal_head__": share, "memory": 1 + config["host"]}])
