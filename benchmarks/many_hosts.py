@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.methods.base import make_method
 from merge_ray.progress import Progress
-from merge_ray.spec import EvaluationSpec, StudySpec
+from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec
 from merge_ray.study import Study
 
 TASKS = [f"task_{index}" for index in range(8)]
@@ -42,7 +43,7 @@ LEDGER_ROWS = 5000
 SAMPLE_EVERY = 5.0
 
 
-@ray.remote(num_cpus=0, max_concurrency=10_000)
+@ray.remote(num_cpus=0, max_concurrency=10_000)  # type: ignore[call-overload]
 class SleepingHosts:
     """All hosts in one process; a call takes its share of a candidate's seconds, and no processor time to speak of."""
 
@@ -98,8 +99,14 @@ def main() -> None:
 
 def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None:
     """Score the candidates on sleeping hosts through the sweep's search."""
-    hosts = SleepingHosts.remote(arguments.seconds)  # type: ignore[attr-defined]
-    pool = HostPool([hosts] * arguments.hosts, [])
+    make = SleepingHosts.options  # type: ignore[attr-defined]
+    pool = HostPool(
+        "many_hosts", HostsSpec(count=1), lambda node, room, options: make(**options).remote(arguments.seconds)
+    )
+    pool.wait_until_ready()
+    [host] = pool.hosts
+    hosts = host.actor
+    pool.hosts = [replace(host) for _ in range(arguments.hosts)]
     ledger = start_results_actor(directory, "many_hosts/results")
     spec = StudySpec.model_validate(
         {

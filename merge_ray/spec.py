@@ -88,6 +88,8 @@ class EvaluationSpec(Strict):
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
     in the papers; without it they see validation inputs only."""
+    trial_seconds: float | None = Field(None, gt=0)
+    """A trial that takes longer, learning included, has failed, and its host is started anew; None is no limit."""
     objective: str = "normalized_mean"
     select_on: str = "val"
 

@@ -27,6 +27,7 @@ from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
@@ -59,7 +60,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
         rows = _open_ledger(spec, fingerprints, retry_failed)
-        with ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
+        with ray_session(progress), _start_actors(spec, bank, data, heads, progress) as (pool, ledger):
             sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
             references = sweep.score_references()
             sweep.search(references)
@@ -99,7 +100,7 @@ class _Sweep:
         Ctrl-C ends it after the trials that hosts have: :class:`SweepInterrupted`.
         """
         studies: list[Study] = []
-        evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
+        evaluation, distance = self.spec.evaluation, 2 * self.pool.size
         # Pair by pair, for its candidates share what the hosts find out about its models.
         for pair, (name, whole) in product(self.spec.task_pairs, self.spec.studies.items()):
             spec = whole.model_copy(update={"parameters": _of_pair(whole.parameters, pair)})
@@ -160,14 +161,14 @@ class _Sweep:
     ) -> None:
         """Score and record the candidates that the ledger does not hold."""
         missing = list({item.identity: item for item in candidates if item.identity not in self.rows}.values())
-        for candidate, report, ask_artifacts in self.pool.score_all(missing, references, self._learn):
+        for candidate, report, artifacts in self.pool.score_all(missing, references, self._learn, keep_artifacts):
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
-                if keep_artifacts and (arrays := ray.get(ask_artifacts())):
-                    row["artifacts"] = [keep(self.ledger, candidate, arrays, self._learner(candidate))]
+                if artifacts:
+                    row["artifacts"] = [keep(self.ledger, candidate, artifacts, self._learner(candidate))]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 
@@ -283,7 +284,8 @@ def _fingerprints(
     hashed_heads = fingerprint_of(head_parts)
     # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
     later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
-    left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    left_out = {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    left_out |= {"batch_size", "trial_seconds"}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     files = set().union(*(study.named_files() for study in spec.studies.values()))
     return Fingerprints(
@@ -322,10 +324,18 @@ def _rows_by_identity(directory: Path) -> Rows:
 
 @contextmanager
 def _start_actors(
-    spec: SweepSpec, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
+    spec: SweepSpec,
+    bank: ModelBank,
+    data: Mapping[str, Mapping[str, str]],
+    heads: Mapping[str, np.ndarray],
+    progress: Progress,
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
-    extras = spec.models.open_family().tower(bank.extras)
+    family = spec.models.open_family()
+    extras = family.tower(bank.extras)
+    splits = {split: {task: parts[task] for task in spec.task_names} for split, parts in data.items()}
+    if not family.has_base:
+        splits["train"] = {task: data["val"][f"{task}/train"] for task in spec.task_names}
     setup = HostSetup(
         models=spec.models,
         tasks=tuple(spec.tasks),
@@ -334,9 +344,12 @@ def _start_actors(
         bank_tasks=bank.tasks,
         fingerprint=bank.fingerprint,
         heads=heads,
-        cache=cache_directory(),
-        device="cpu",
-        threads=1,
+        data=splits,
+        files=_files_of(spec),
+        versions=versions(),
+        driver=ray.get_runtime_context().get_node_id(),
+        directory=Path.cwd(),
+        cache=cache_directory().absolute(),
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
@@ -346,8 +359,15 @@ def _start_actors(
     ledger = start_results_actor(spec.directory, f"{name}/results")
     try:
         with progress.step("load the models into the hosts"):
-            pool.wait_until_ready()
+            pool.wait_until_ready(progress.warn)
         yield pool, ledger
     finally:
         pool.close()
         ray.kill(ledger)
+
+
+def _files_of(spec: SweepSpec) -> tuple[str, ...]:
+    """What hosts read besides the tasks' data: the architecture and what parameters name, where that is a file."""
+    parameters = [value for study in spec.studies.values() for value in study.parameters.values()]
+    names = {value for value in (spec.models.architecture, *parameters) if isinstance(value, str)}
+    return tuple(sorted(name for name in names if Path(name).expanduser().exists()))

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 
 RAY_FILES = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-"""Ray's own place: no cluster that runs on this machine is joined. Its path is short, for sockets' names are limited."""
+"""Ray's own place, so that no cluster that runs on this machine is joined; its path is short, as sockets' must be."""
 atexit.register(shutil.rmtree, RAY_FILES, ignore_errors=True)
 
 # Set before torch, numba and Ray are imported; the workers that Ray starts inherit them.

@@ -16,12 +16,13 @@ from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.cluster import tuning
 from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.ledger import start_results_actor
+from merge_ray.cluster.nodes import Node, Room
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.trial import MergeTrainable
 from merge_ray.errors import LedgerError, MergeRayError, SweepInterrupted
 from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import make_method
-from merge_ray.spec import EvaluationSpec, StudySpec
+from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec
 from merge_ray.study import Study
 
 pytestmark = pytest.mark.ray
@@ -48,8 +49,8 @@ class Host:
 class Search:
     """A grid search over ``points`` coefficients on two hosts."""
 
-    def __init__(self, directory: Path, points: int, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self.directory, self.hosts = directory, [Host.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    def __init__(self, directory: Path, points: int, known: Mapping[str, Mapping[Any, Any]] | None = None) -> None:
+        self.directory, self.hosts = directory, list[Any]()
         grid = [round(0.1 + 0.8 * index / points, 3) for index in range(points)]
         settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}}
         spec = StudySpec.model_validate({"name": "ta", "method": "task_arithmetic", **settings})
@@ -60,8 +61,13 @@ class Search:
         self.ending = threading.Event()
 
     def run(self, progress: Callable[[], None] = lambda: None) -> None:
-        pool, evaluation = HostPool(self.hosts, []), EvaluationSpec(shards=SHARDS)
+        pool, evaluation = HostPool(self.directory.name, HostsSpec(count=2), self._start), EvaluationSpec(shards=SHARDS)
+        pool.wait_until_ready()
         tuning.run_studies([self.study], pool, self.ledger, {}, evaluation, self.directory, progress, self.ending)
+
+    def _start(self, node: Node, room: Room, options: dict[str, Any]) -> Any:
+        self.hosts.append(Host.options(**options).remote())  # type: ignore[attr-defined]
+        return self.hosts[-1]
 
     def asked(self) -> Counter[tuple[str, int]]:
         return sum((ray.get(host.counted.remote()) for host in self.hosts), Counter())
@@ -109,7 +115,7 @@ def test_trial_processes_that_cannot_live_end_the_search_with_the_reason(
     tmp_path: Path, ray_cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(MergeTrainable):
-        def setup(self, config: dict[str, Any], **rest: Any) -> None:
+        def setup(self, config: dict[str, Any], *shared: Any, **named: Any) -> None:
             raise RuntimeError("another version of the package")
 
     monkeypatch.setattr(tuning, "MergeTrainable", Broken)

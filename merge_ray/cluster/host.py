@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,18 +19,25 @@ import torch
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
 from merge_ray.cluster.learned import Learned
+from merge_ray.cluster.nodes import check_versions
+from merge_ray.errors import DataError
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
 from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method, WithOwnTensors
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
-from merge_ray.tasks import TaskSpec, open_task
+from merge_ray.tasks import PreparedSplit, TaskSpec, cache_directory, open_task
 
 
 @dataclass(frozen=True)
 class HostSetup:
-    """What a host is told once: all but the bank's arrays, which it maps from shared memory."""
+    """What a host is told once: all but the bank's arrays, which it maps from shared memory.
+
+    data: the fingerprint of every task's split, by split. files: other files that hosts read. versions: the driver's.
+    directory, cache: where the driver's relative paths start, and its cache of prepared data, on the node ``driver``;
+    other nodes have caches of their own. node: the name of the host's node.
+    """
 
     models: ModelsSpec
     tasks: tuple[TaskSpec, ...]
@@ -39,9 +46,60 @@ class HostSetup:
     bank_tasks: tuple[str, ...]
     fingerprint: str
     heads: Mapping[str, np.ndarray]
+    data: Mapping[str, Mapping[str, str]]
+    files: tuple[str, ...]
+    versions: Mapping[str, str]
+    driver: str
+    directory: Path
     cache: Path
-    device: str
-    threads: int
+    node: str = ""
+    device: str = "cpu"
+    threads: int = 1
+
+    def enter(self) -> Path:
+        """Make this process one of the sweep's; returns its node's cache.
+
+        Raises :class:`MergeRayError` for other versions than the driver's, and for a file that is not on this node.
+        """
+        check_versions(self.versions)
+        torch.set_num_threads(self.threads)
+        if self.directory.is_dir():
+            os.chdir(self.directory)
+        if ray.get_runtime_context().get_node_id() == self.driver:
+            os.environ["MERGE_RAY_CACHE"] = str(self.cache)
+        if missing := [name for name in self.files if not Path(name).expanduser().exists()]:
+            raise DataError(f"there is no {', no '.join(missing)}; {HOW_FILES_TRAVEL}")
+        return cache_directory()
+
+    def open_data(self, family: Family, split: str, cache: Path) -> dict[str, PreparedSplit]:
+        """Every task's split, prepared in the cache by the first process of the node that asks for it.
+
+        Raises :class:`DataError` where there are no data, or others than the driver's.
+        """
+        found = {}
+        for spec in self.tasks:
+            prepare = family.open_images if split == "train" else family.open_split
+            prepared = found[spec.name] = prepare(open_task(spec), split, cache)
+            if prepared.fingerprint != self.data[split][spec.name]:
+                raise DataError(f"{spec.name}: the data of {split} are not those of the driver's node")
+        return found
+
+
+HOW_FILES_TRAVEL = (
+    "a file must lie at the same path on every node, in the working directory of the job, or where all can read it "
+    "(hf://, s3://)"
+)
+
+
+@ray.remote(num_cpus=0)
+def prepare_node(versions: Mapping[str, str], setups: Sequence[ray.ObjectRef]) -> None:
+    """Prepare the data on a node, or raise :class:`MergeRayError` for what keeps it from the work of the one setup."""
+    # First, for what another version has sent may not even be readable.
+    check_versions(versions)
+    [setup] = ray.get(list(setups))
+    cache, family = setup.enter(), setup.models.open_family()
+    for split in setup.data:
+        setup.open_data(family, split, cache)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
@@ -54,18 +112,17 @@ class ModelHost:
 
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
         """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
-        torch.set_num_threads(setup.threads)
+        cache = setup.enter()
         arrays, extras = ray.get(list(shared))
         self.setup = setup
         self.device = torch.device(setup.device)
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in extras.items()}
-        self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, tensors, setup.fingerprint)
+        self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, _tensors(extras), setup.fingerprint)
         if self.device.type != "cpu":
             self.bank = self.bank.to(self.device)
         family = find_family(setup.models.family, setup.models.architecture)
         self.evaluator = Evaluator(
             family.skeleton(self.bank, self.device),
-            {split: self._load(family, split) for split in ("val", "test")},
+            {split: self._load(family, split, cache) for split in ("val", "test")},
             setup.evaluation.batch_size,
             setup.evaluation.shards,
             setup.evaluation.calibration_samples,
@@ -80,15 +137,14 @@ class ModelHost:
         self.shards: list[dict[str, np.ndarray]] = []
         self._forget()
 
-    def _load(self, family: Family, split: str) -> dict[str, TaskData]:
+    def _load(self, family: Family, split: str, cache: Path) -> dict[str, TaskData]:
         limit = self.setup.evaluation.max_samples if split == "val" else None
+        images = {} if family.has_base else self.setup.open_data(family, "train", cache)
         data = {}
-        for spec in self.setup.tasks:
-            prepared = family.open_split(open_task(spec), split, self.setup.cache)
-            head = torch.from_numpy(self.setup.heads[spec.name].copy()) if family.needs_heads else None
-            data[spec.name] = family.task_data(prepared, head, self.device, limit)
-            if not family.has_base:
-                data[spec.name].calibration = family.open_images(open_task(spec), "train", self.setup.cache)
+        for name, prepared in self.setup.open_data(family, split, cache).items():
+            head = torch.from_numpy(self.setup.heads[name].copy()) if family.needs_heads else None
+            data[name] = family.task_data(prepared, head, self.device, limit)
+            data[name].calibration = images.get(name)
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
@@ -134,7 +190,7 @@ class ModelHost:
             "storage_bytes": merged.storage_bytes(),
             "storage_ratio": merged.storage_bytes() / self.inputs.bank.finetuned_bytes,
             "device": _device_name(self.device),
-            "host": socket.gethostname(),
+            "host": self.setup.node,
         }
 
     def outcomes(self, candidate: Candidate, learned: Learned | None, share: int, shares: int) -> dict[str, np.ndarray]:
@@ -254,6 +310,16 @@ class ModelHost:
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
         except (OSError, IndexError):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Tensors over shared memory without a copy; but copies of integers, for batch norm counts in them."""
+    with warnings.catch_warnings():
+        # torch warns that it cannot mark a tensor as read-only; nothing writes to these.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {
+            name: torch.from_numpy(array if array.dtype.kind == "f" else array.copy()) for name, array in arrays.items()
+        }
 
 
 def _device_name(device: torch.device) -> str:
