@@ -56,11 +56,20 @@ def sweep(
 @app.command()
 def validate(spec: SpecPath, overrides: Overrides = None) -> None:
     """Check a spec without running it; every mistake is reported at once."""
-    from merge_ray.spec_files import load_sweeps
+    from merge_ray.relatedness import RelatednessSpec
+    from merge_ray.spec import SweepSpec
+    from merge_ray.spec_files import load_any
 
-    for loaded in load_sweeps(spec, overrides or []):
-        searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
-        console.print(f"[green]valid[/] {loaded.name}: {len(loaded.tasks)} tasks; studies: {searches}", highlight=False)
+    for loaded in load_any(spec, overrides or []):
+        if isinstance(loaded, RelatednessSpec):
+            about = f"{len(loaded.locations)} models"
+        else:
+            about = f"{len(loaded.tasks)} tasks"
+        if isinstance(loaded, SweepSpec):
+            pairs = f", {len(loaded.task_pairs)} pairs" if loaded.pairs else ""
+            searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
+            about += f"{pairs}; studies: {searches}"
+        console.print(f"[green]valid[/] {loaded.name}: {about}", highlight=False)
 
 
 @app.command()

@@ -35,6 +35,7 @@ from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
+from merge_ray.relatedness.nearest import read_distances
 from merge_ray.report import write_report
 from merge_ray.spec import EvaluationSpec, SweepSpec
 from merge_ray.study import Study
@@ -298,6 +299,9 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool
                 "choose another name, or move that directory away"
             )
     described.write_text(json.dumps(identity, indent=2))
+    if spec.models.relatedness is not None:
+        distances = read_distances(spec.models.relatedness, spec.task_names)
+        distances.to_parquet(directory / "relatedness.parquet")
     (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}

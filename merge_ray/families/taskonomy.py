@@ -21,6 +21,7 @@ from merge_ray.families.base import (
     fit_weights,
     register_family,
 )
+from merge_ray.families.images import ImageEncoder, Preprocessing
 from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, TaskonomyNetwork, make_decoder
 from merge_ray.matching import PermutationGroups, derive_groups
 from merge_ray.statistics import reset_batch_norm
@@ -95,6 +96,16 @@ class TaskonomyFamily(Family):
         """A new encoder of this size with random weights."""
         return TaskonomyEncoder(self.widths)
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Images of this size, in [-1, 1]."""
+        half = (0.5, 0.5, 0.5)
+        return Preprocessing(self.widths.image_size, "bilinear", half, half)
+
+    def image_encoder(self, state: Mapping[str, Tensor], device: torch.device | str) -> ImageEncoder:
+        """The encoder with the weights of ``state``; it answers with codes, as the decoders take them."""
+        return ImageEncoder(_filled(self.encoder(), state, device), self.preprocessing, device, "")
+
     def decoder(self, task: str) -> nn.Module:
         """A new decoder of this size for ``task``, with random weights."""
         return make_decoder(task, self.widths)
@@ -137,6 +148,14 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _filled(encoder: TaskonomyEncoder, state: Mapping[str, Tensor], device: torch.device | str) -> TaskonomyEncoder:
+    """``encoder`` with the tensors of ``state``, shared where that can be; counters of batches may be missing."""
+    wanted = encoder.state_dict()
+    counters = {name: tensor for name, tensor in wanted.items() if name.endswith(COUNTER)}
+    encoder.load_state_dict(fit_weights(wanted, {**counters, **state}, device), assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
 class TaskonomySkeleton(Skeleton):
     """An encoder whose merged parameters and running statistics live in one flat buffer; see :class:`Skeleton`."""
 
@@ -146,11 +165,7 @@ class TaskonomySkeleton(Skeleton):
         super().__init__()
         self.layout = layout
         self.flat = torch.zeros(layout.size, device=device)
-        wanted = encoder.state_dict()
-        counters = {name: tensor for name, tensor in wanted.items() if name.endswith(COUNTER)}
-        state = fit_weights(wanted, {**counters, **extras, **layout.views(self.flat)}, device)
-        encoder.load_state_dict(state, assign=True)
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = _filled(encoder, {**extras, **layout.views(self.flat)}, device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Codes ``[B, code, h, w]`` of images float32 ``[B, 3, S, S]`` in [-1, 1]."""

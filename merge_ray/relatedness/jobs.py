@@ -28,6 +28,7 @@ from merge_ray.progress import Progress
 from merge_ray.relatedness.correlation import correlate, find_reference
 from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import gradient_field
+from merge_ray.relatedness.nearest import DISTANCES
 from merge_ray.relatedness.samples import make_samples
 from merge_ray.relatedness.spec import RelatednessSpec
 from merge_ray.tasks import cache_directory
@@ -202,7 +203,7 @@ def _write(spec: RelatednessSpec, found: Relatedness) -> None:
     # Imported here: workers that compute fields have no use for matplotlib.
     from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 
-    _save(spec.directory / "distances.parquet", found.distances.reset_index())
+    _save(spec.directory / DISTANCES, found.distances.reset_index())
     (spec.directory / "correlation.parquet").unlink(missing_ok=True)
     if found.correlation is not None:
         _save(spec.directory / "correlation.parquet", found.correlation.reset_index())

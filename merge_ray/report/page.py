@@ -27,6 +27,7 @@ from merge_ray.leaderboard import (
     task_scores,
     widen,
 )
+from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 from merge_ray.report import plots
 
 
@@ -59,6 +60,7 @@ def write_report(results: str | Path, objective: str = "normalized_mean") -> Pat
         legend=legend(table),
         plots=_plots(rows, table),
         studies=_study_plots(rows, table) + _learning_plots(rows, table) + _coefficient_plots(directory, table),
+        relatedness=_relatedness_plots(directory, rows, objective),
         failures=_failures(rows),
         directory=str(results),
         spec=spec.read_text("utf-8") if spec.exists() else None,
@@ -180,6 +182,26 @@ def _coefficient_plots(directory: Path, table: pd.DataFrame) -> list[tuple[str, 
             description = f"Heat map of {len(layers)} layers and {len(coefficients)} tasks, {low:.3f} to {high:.3f}."
             found.append((row["study"], _plot(plots.plot_coefficients(coefficients, layers), caption, description)))
     return found
+
+
+def _relatedness_plots(directory: Path, rows: pd.DataFrame, objective: str) -> list[Plot]:
+    """How related the sweep's models are, where that is known, and whether related pairs merge better."""
+    path = directory / "relatedness.parquet"
+    if not path.exists():
+        return []
+    distances = pd.read_parquet(path)
+    models = f"{len(distances)} models"
+    drawn = [
+        _plot(draw_heat_map(distances, "distance"), "Distances between the models, related ones side by side",
+              f"Heat map of the distances between {models}."),
+        _plot(draw_tree(distances, "distance"), "The similarity tree: models join at the mean distance of their groups",
+              f"Dendrogram of {models}."),
+    ]  # fmt: skip
+    table = rank(rows, objective, by_pair=True)
+    if (table["pairs"] == "").all():
+        return drawn
+    caption = "Every pair's score against the distance between its models, with Spearman's correlation ρ of each study"
+    return [_plot(plots.plot_relatedness(table, distances), caption, "Scatter plot of scores over distances."), *drawn]
 
 
 def _candidates(rows: pd.DataFrame, studies: list[str]) -> pd.DataFrame:

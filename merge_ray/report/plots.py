@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import spearmanr
 
 from merge_ray.leaderboard import task_names
 
@@ -183,6 +184,27 @@ def plot_storage(table: pd.DataFrame) -> Figure:
     axes.set_xlabel("storage, as a ratio to all the fine-tuned models")
     axes.set_ylabel(score_label(table))
     axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def plot_relatedness(table: pd.DataFrame, distances: pd.DataFrame) -> Figure:
+    """The score of every merged pair against the distance between its two models, by study.
+
+    table: the leaderboard by pair. distances: ``[T, T]``.
+    """
+    merged = table[table["kind"] == "merged"]
+    figure, axes = _single(height=4.2)
+    for study, (colour, marker) in style_of(sorted(merged["study"].unique())).items():
+        own = merged[merged["study"] == study]
+        apart = [distances.loc[tuple(pair.split("+"))] for pair in own["pairs"]]
+        label = study
+        if len(set(apart)) > 2 and own["score"].nunique() > 1:
+            label += f" (ρ = {spearmanr(apart, own['score']).statistic:.2f})"
+        axes.plot(apart, own["score"], marker, color=colour, markersize=6, alpha=0.8, label=label)
+    _percent(axes, table, "y")
+    axes.set_xlabel("distance between the two models")
+    axes.set_ylabel(score_label(table))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
