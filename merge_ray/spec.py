@@ -98,6 +98,9 @@ class EvaluationSpec(Strict):
     """At most this many validation samples a task; the test split is always scored whole."""
     calibration_samples: int = Field(CALIBRATION_SAMPLES, ge=1)
     """Unlabelled samples that activations are compared on and batch norm is reset on, where a method or family does."""
+    released_average: bool = False
+    """Scale losses from the label average that the authors of training-free merging compute, to compare with their
+    tables: of the last batch alone (of ``batch_size``), class maps with height and width exchanged."""
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
     in the papers; without it they see validation inputs only."""

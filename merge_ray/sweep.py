@@ -79,7 +79,9 @@ class _Sweep:
         self.ledger, self.rows, self.progress = ledger, rows, progress
 
     def score_references(self) -> dict[str, References]:
-        """Score the base, or the average label without one, and every fine-tuned model once on both splits.
+        """Score the base and every fine-tuned model once on both splits.
+
+        Without a base, the average label and the models as published, before batch norm is reset, take its place.
 
         Returns the fine-tuned models' scores by split, by which normalised scores divide.
         """
@@ -88,8 +90,11 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower = "pretrained" if self.spec.models.base else "average_label"
-            self._score([self._candidate(lower, lower, split) for split in splits], references)
+            lower: dict[str, dict[str, Any]] = {"pretrained": {}}
+            if not self.spec.models.base:
+                lower["average_label"] = {"released": self.spec.evaluation.released_average}
+            others = [self._candidate(name, name, split, lower[name]) for name, split in product(lower, splits)]
+            self._score(others, references)
         return references
 
     def search(self, references: Mapping[str, References]) -> None:
@@ -277,7 +282,7 @@ def _fingerprints(
     }
     hashed_heads = fingerprint_of(head_parts)
     # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
-    later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
+    later, usual = ("transductive", "learning_reports", "calibration_samples", "released_average"), EvaluationSpec()
     left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     return Fingerprints(

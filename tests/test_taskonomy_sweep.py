@@ -57,7 +57,7 @@ def test_every_pair_is_merged_in_every_way(results: Path) -> None:
     rows = read_rows(results)
     assert set(rows["status"]) == {"complete"}
     counts = rows[rows["split"] == "val"].groupby("study").size().to_dict()
-    assert counts == {"average_label": 1, "finetuned": 1, "weight_average": 3, "mudsc": 6}
+    assert counts == {"average_label": 1, "pretrained": 1, "finetuned": 1, "weight_average": 3, "mudsc": 6}
     pairs = {tuple(pair) for pair in rows.loc[rows["study"] == "mudsc", "pair"]}
     assert pairs == {(TASKS[0], TASKS[1]), (TASKS[0], TASKS[2]), (TASKS[1], TASKS[2])}
 

@@ -89,6 +89,8 @@ class ModelHost:
             data[spec.name] = family.task_data(prepared, head, self.device, limit)
             if not family.has_base:
                 data[spec.name].calibration = family.open_images(open_task(spec), "train", self.setup.cache)
+                evaluation = self.setup.evaluation
+                data[spec.name].average = evaluation.batch_size, evaluation.released_average
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:

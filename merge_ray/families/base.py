@@ -92,6 +92,8 @@ class TaskData(ABC):
     labels: Tensor
     calibration: PreparedSplit | None = None
     """Samples that statistics of a model are made on, where the family makes them anew after every merge."""
+    average: tuple[int, bool] = 64, False
+    """The label average that losses are scaled from: what :meth:`average_outcomes` is given."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -149,6 +151,9 @@ class TaskData(ABC):
 
     def settle(self, skeleton: Skeleton, batch_size: int, samples: int) -> None:  # noqa: B027  # nothing, for most
         """Make anew what depends on the weights that the skeleton was just given: statistics of batch norm."""
+
+    def restore(self) -> None:  # noqa: B027  # nothing, for most
+        """Undo what :meth:`settle` did to the task's head."""
 
 
 class Family(ABC):

@@ -41,8 +41,6 @@ RELATEDNESS_TASKS = (
 )  # fmt: skip
 """The tasks of the paper on relatedness (ModelGiF), in its order."""
 
-AVERAGED = 64
-"""Samples of a batch when labels are averaged; the average does not depend on it."""
 ENCODER, DECODER = "encoder.", "decoder."
 COUNTER = "num_batches_tracked"
 COMPRESSION = "compress"
@@ -199,7 +197,7 @@ class SceneData(TaskData):
         self.restore()
 
     def restore(self) -> None:
-        """Give the decoder its saved weights and statistics, which a reset of batch norm has changed."""
+        """See :meth:`TaskData.restore`: give the decoder its saved weights and statistics of batch norm."""
         state = self.decoder.state_dict()
         for name, view in Layout.of(state).views(self._head).items():
             state[name].copy_(view)
@@ -234,7 +232,7 @@ class SceneData(TaskData):
 
         The paper's figure, see :func:`merge_ray.tasks.taskonomy_losses.scaled_performance`.
         """
-        average = self.domains(self.average_outcomes(AVERAGED)[: len(outcomes)])
+        average = self.domains(self.average_outcomes(*self.average)[: len(outcomes)])
         rows = [[part[building] for building in average] for part in (self.domains(outcomes), average)]
         own = np.array([reference[building] for building in average])
         losses, estimator = map(np.array, rows)

@@ -51,6 +51,8 @@ class Merged(ABC):
     notes: tuple[str, ...] = ()
     keeps_own: bool = False
     """Whether tensors that a family leaves to each task are in the weights, task by task."""
+    as_published: bool = False
+    """Whether statistics of batch norm stay as they are in the weights, where a family makes them anew."""
 
     @abstractmethod
     def write(self, task: str, out: Tensor) -> None:

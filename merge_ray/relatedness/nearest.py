@@ -15,7 +15,7 @@ DISTANCES = "distances.parquet"
 def read_distances(location: str, names: Sequence[str]) -> pd.DataFrame:
     """The distances ``[T, T]`` between the models ``names``, small where they are related.
 
-    location: the results directory of ``merge-ray relatedness``, or a Parquet or CSV file, as for :func:`find_reference`.
+    location: the results directory of ``merge-ray relatedness``, or a file as :func:`find_reference` reads it.
     Raises :class:`MergeRayError` where there is none, or it knows other models.
     """
     path = open_location(location)
