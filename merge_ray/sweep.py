@@ -334,6 +334,7 @@ def _start_actors(
         fingerprint=bank.fingerprint,
         heads=heads,
         cache=cache_directory(),
+        kept=spec.directory.resolve() / "learning",
         device="cpu",
         threads=1,
     )

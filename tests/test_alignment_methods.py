@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,32 @@ def test_the_networks_run_once_for_all_candidates() -> None:
     for name, parameters in candidates:
         make_method(name, parameters).merge(world.inputs(cache))
     assert calls.count == 1
+
+
+MATCHING = ("mudsc", "zipit", "git_rebasin", "align_then_merge")
+
+
+def merge_of(world: World, inputs: MergeInputs, name: str) -> Tensor:
+    out = torch.zeros(world.bank.layout.size)
+    make_method(name, {}).merge(inputs).write(world.bank.tasks[1], out)
+    return out
+
+
+def test_what_one_host_has_matched_another_need_not_match_again(tmp_path: Path) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    wanted = {name: merge_of(world, world.inputs(MergeCache(1 << 20, tmp_path)), name) for name in MATCHING}
+    world.calibration = ActivationStatistics(nn.Identity(), torch.zeros(0), world.bank, world.groups, [])
+    for name in MATCHING:
+        assert torch.equal(merge_of(world, world.inputs(MergeCache(1 << 20, tmp_path)), name), wanted[name])
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_a_merge_is_made_again_from_its_artifacts(name: str) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    artifacts = make_method(name, {}).merge(world.inputs()).artifacts()
+    columns = {key.removeprefix("columns/"): value for key, value in artifacts.items() if key.startswith("columns/")}
+    given = MergeInputs(world.bank, resources={"permutation_groups": world.groups, "columns": columns})
+    assert torch.equal(merge_of(world, given, name), merge_of(world, world.inputs(), name))
 
 
 def test_both_ways_to_name_a_setting_are_one_candidate() -> None:

@@ -168,5 +168,5 @@ def test_pairs_are_shown_over_the_distance_between_their_models(tmp_path: Path) 
     assert "relatedness" in page.ids and "The similarity tree" in page.text
     figure = plot_relatedness(rank(read_rows(directory), by_pair=True), distances)
     [axes] = figure.axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mudsc (ρ = -1.00)", "zipit (ρ = -1.00)"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mudsc (-1.00)", "zipit (-1.00)"]
     assert sorted(axes.lines[0].get_xdata()) == [0.2, 0.5, 0.8]

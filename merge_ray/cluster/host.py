@@ -22,15 +22,20 @@ from merge_ray.cluster.learned import Learned
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method, WithOwnTensors
+from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method
+from merge_ray.methods.own_tensors import with_own_tensors
+from merge_ray.models import open_task_data
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
-from merge_ray.tasks import TaskSpec, open_task
+from merge_ray.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
 class HostSetup:
-    """What a host is told once: all but the bank's arrays, which it maps from shared memory."""
+    """What a host is told once: all but the bank's arrays, which it maps from shared memory.
+
+    cache: where prepared data are. kept: where hosts that can see it keep what others need, until the sweep ends.
+    """
 
     models: ModelsSpec
     tasks: tuple[TaskSpec, ...]
@@ -40,6 +45,7 @@ class HostSetup:
     fingerprint: str
     heads: Mapping[str, np.ndarray]
     cache: Path
+    kept: Path | None
     device: str
     threads: int
 
@@ -73,7 +79,7 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(self.bank.base.nbytes)
+        self.cache = MergeCache(self.bank.base.nbytes, setup.kept)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
@@ -81,16 +87,10 @@ class ModelHost:
         self._forget()
 
     def _load(self, family: Family, split: str) -> dict[str, TaskData]:
-        limit = self.setup.evaluation.max_samples if split == "val" else None
-        data = {}
-        for spec in self.setup.tasks:
-            prepared = family.open_split(open_task(spec), split, self.setup.cache)
-            head = torch.from_numpy(self.setup.heads[spec.name].copy()) if family.needs_heads else None
-            data[spec.name] = family.task_data(prepared, head, self.device, limit)
-            if not family.has_base:
-                data[spec.name].calibration = family.open_images(open_task(spec), "train", self.setup.cache)
-                evaluation = self.setup.evaluation
-                data[spec.name].average = evaluation.batch_size, evaluation.released_average
+        data, setup = {}, self.setup
+        for spec in setup.tasks:
+            head = torch.from_numpy(setup.heads[spec.name].copy()) if family.needs_heads else None
+            data[spec.name] = open_task_data(family, spec, split, head, setup.evaluation, self.device, setup.cache)
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
@@ -167,17 +167,12 @@ class ModelHost:
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
-        merged = self._with_own_tensors(make())
+        merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
         self.merged, self.shards = merged, []
         return merged
-
-    def _with_own_tensors(self, merged: Merged) -> Merged:
-        """The merge, with every task's own of the tensors that the family leaves to it."""
-        own = self.family.own_tensors
-        return merged if not own or merged.keeps_own else WithOwnTensors(merged, self.inputs.bank, own)
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
         """The candidate's learner where ``learned`` left off: the last one if it stands there."""

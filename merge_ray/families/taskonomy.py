@@ -26,6 +26,7 @@ from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, Taskon
 from merge_ray.matching import PermutationGroups, derive_groups
 from merge_ray.statistics import reset_batch_norm
 from merge_ray.tasks import PreparedSplit, SceneSplit, Task, prepare_scenes
+from merge_ray.tasks.scenes import to_floats
 from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
 
 MERGING_TASKS = (
@@ -89,6 +90,10 @@ class TaskonomyFamily(Family):
         example = torch.zeros(1, 3, self.widths.image_size, self.widths.image_size, device=skeleton.flat.device)
         own = [name for name in skeleton.layout.names if name.startswith(COMPRESSION)]
         return derive_groups(skeleton.encoder, example, path="encoder.", own=own)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """See :meth:`Family.shown`: float32, in [-1, 1]."""
+        return to_floats(images)
 
     def encoder(self) -> TaskonomyEncoder:
         """A new encoder of this size with random weights."""
@@ -206,6 +211,10 @@ class SceneData(TaskData):
         """The skeleton's encoder and this task's decoder; what is done to it is done to them."""
         assert isinstance(skeleton, TaskonomySkeleton)
         return TaskonomyNetwork(skeleton.encoder, self.decoder)
+
+    def state(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        """See :meth:`TaskData.state`: those of the whole network."""
+        return {name: tensor.clone() for name, tensor in self.network(skeleton).state_dict().items()}
 
     def inputs(self, positions: Positions) -> Tensor:
         """What the network is shown, float32 ``[B, 3, S, S]`` in [-1, 1]."""

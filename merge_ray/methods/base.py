@@ -7,13 +7,17 @@ with :func:`param`, and whose :meth:`Method.merge` turns :class:`MergeInputs` in
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import os
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from merge_ray import kernels
@@ -86,39 +90,6 @@ class SharedWeights(Merged):
         return self.bank.model_bytes
 
 
-@dataclasses.dataclass
-class WithOwnTensors(Merged):
-    """Merged weights, but for some tensors that every task has from its own model."""
-
-    merged: Merged
-    bank: ModelBank
-    own: frozenset[str]
-    shared = False
-    keeps_own = True
-
-    def __post_init__(self) -> None:
-        self.resolved, self.notes = self.merged.resolved, self.merged.notes
-
-    def write(self, task: str, out: Tensor) -> None:
-        """See :meth:`Merged.write`."""
-        self.merged.write(task, out)
-        row = self.bank.task_vectors[self.bank.tasks.index(task)]
-        for entry in self.bank.layout.entries:
-            if entry.name in self.own:
-                columns = slice(entry.offset, entry.offset + entry.size)
-                out[columns] = self.bank.base[columns] + row[columns]
-
-    def storage_bytes(self) -> int:
-        """What the merge needs, and the own tensors of every task but one."""
-        entries = [entry for entry in self.bank.layout.entries if entry.name in self.own]
-        own = sum(entry.size * entry.dtype.itemsize for entry in entries)
-        return self.merged.storage_bytes() + (len(self.bank.tasks) - 1) * own
-
-    def artifacts(self) -> dict[str, np.ndarray]:
-        """Those of the merge."""
-        return self.merged.artifacts()
-
-
 class Predictor(Merged):
     """The answer of a method whose weights depend on the sample: it answers the samples itself."""
 
@@ -188,6 +159,11 @@ class MergeInputs:
         """Statistics of the models' activations on unlabelled samples."""
         return self._need("calibration")
 
+    @property
+    def columns(self) -> Mapping[str, np.ndarray] | None:
+        """Every group's matched columns, where this merge was made before and they are given."""
+        return self._resources.get("columns")
+
     def provide(self, **resources: Any) -> None:
         """Answer more of the method's needs."""
         self._resources.update(resources)
@@ -209,36 +185,51 @@ class MergeInputs:
             raise ParameterError(f"a value per task is given for {sorted(value)}; the tasks are {tasks}")
         return [float(value[task]) for task in self.bank.tasks]
 
-    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
         """``compute()``, or its result from an earlier candidate that shares this expensive part.
 
-        The result is read-only for the caller: the next candidate gets the same tensor.
+        The result is read-only for the caller: the next candidate gets the same tensor. keep: for small results that
+        take long; other hosts get them too, and a sweep that goes on. The ``key`` must then say all but the models.
         """
-        return self._cache.get((self.bank.tasks, key), compute)
+        return self._cache.get((self.bank.tasks, key), compute, keep)
 
 
 class MergeCache:
     """The latest expensive results of one host, kept up to ``capacity`` bytes, oldest out first.
 
-    Results below :data:`SMALL` bytes (thresholds, choices made on validation data) do not count and stay.
+    Results below :data:`SMALL` bytes (thresholds, choices made on validation data) do not count and stay. Some are kept
+    in ``directory``, too, if it is there: for hosts that share it, of one set of models.
     """
 
     SMALL = 1 << 20
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, directory: Path | None = None) -> None:
         self.capacity = capacity
+        self.directory = directory
         self._results: dict[Hashable, Tensor] = {}
 
-    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """The result stored under ``key``, computed first if it is not there."""
+    def get(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
+        """The result stored under ``key``, computed first if it is not there; ``keep`` it in the directory."""
         if key in self._results:
             self._results[key] = self._results.pop(key)
             return self._results[key]
         # Room is made before computing, so that the peak is one result over what stays.
         self._shrink(self.capacity // 2)
-        result = compute()
+        result = self._kept(key, compute) if keep and self.directory and self.directory.is_dir() else compute()
         self._results[key] = result
         self._shrink(self.capacity)
+        return result
+
+    def _kept(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        assert self.directory is not None
+        path = self.directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy"
+        if path.exists():
+            return torch.from_numpy(np.load(path))
+        result = compute()
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        with aside.open("wb") as file:
+            np.save(file, result.numpy())
+        aside.replace(path)
         return result
 
     def _shrink(self, capacity: int) -> None:

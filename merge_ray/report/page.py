@@ -200,7 +200,7 @@ def _relatedness_plots(directory: Path, rows: pd.DataFrame, objective: str) -> l
     table = rank(rows, objective, by_pair=True)
     if (table["pairs"] == "").all():
         return drawn
-    caption = "Every pair's score against the distance between its models, with Spearman's correlation ρ of each study"
+    caption = "Every pair's score against the distance between its models; in brackets, Spearman's correlation"
     return [_plot(plots.plot_relatedness(table, distances), caption, "Scatter plot of scores over distances."), *drawn]
 
 

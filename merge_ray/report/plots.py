@@ -189,7 +189,7 @@ def plot_storage(table: pd.DataFrame) -> Figure:
 
 
 def plot_relatedness(table: pd.DataFrame, distances: pd.DataFrame) -> Figure:
-    """The score of every merged pair against the distance between its two models, by study.
+    """The score of every merged pair against the distance between its models, by study, with Spearman's correlation.
 
     table: the leaderboard by pair. distances: ``[T, T]``.
     """
@@ -200,7 +200,7 @@ def plot_relatedness(table: pd.DataFrame, distances: pd.DataFrame) -> Figure:
         apart = [distances.loc[tuple(pair.split("+"))] for pair in own["pairs"]]
         label = study
         if len(set(apart)) > 2 and own["score"].nunique() > 1:
-            label += f" (ρ = {spearmanr(apart, own['score']).statistic:.2f})"
+            label += f" ({spearmanr(apart, own['score']).statistic:.2f})"
         axes.plot(apart, own["score"], marker, color=colour, markersize=6, alpha=0.8, label=label)
     _percent(axes, table, "y")
     axes.set_xlabel("distance between the two models")
