@@ -130,6 +130,8 @@ def merge(
     with Progress() as progress, progress.step("merge"):
         shown = read_images(images, made_of, image_count) if images and made_of else None
         result = run(method, base=base, finetuned=models, family=made_of, images=shown, **parameters)
+        for note in result.merged.notes:
+            progress.warn(note)
         paths = [Path(str(output).replace("{task}", name)) for name in result.bank.tasks]
         tasks = result.bank.tasks if "{task}" in str(output) else [task]
         for path, name in zip(paths, tasks, strict=False):

@@ -77,6 +77,7 @@ class _Sweep:
     ) -> None:
         self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
         self.ledger, self.rows, self.progress = ledger, rows, progress
+        self.warned: set[str] = set()
 
     def score_references(self) -> dict[str, References]:
         """Score the base and every fine-tuned model once on both splits.
@@ -164,6 +165,9 @@ class _Sweep:
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
+                for note in sorted(set(report["notes"]) - self.warned):
+                    self.warned.add(note)
+                    self.progress.warn(f"{candidate.search}: {note}")
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
                 if keep_artifacts and (arrays := ray.get(ask_artifacts())):

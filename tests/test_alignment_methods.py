@@ -337,6 +337,19 @@ def test_a_merge_is_made_again_from_its_artifacts(name: str) -> None:
     assert torch.equal(merge_of(world, given, name), merge_of(world, world.inputs(), name))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MATCHING)
+def test_matching_on_a_gpu(name: str) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    wanted = merge_of(world, world.inputs(), name)
+    on_gpu = World.of(load("mudsc/pair_dual_zip"))
+    on_gpu.bank = on_gpu.bank.to("cuda")
+    calibration = {group.name: world.calibration.correlation(group).cuda() for group in world.groups}
+    on_gpu.calibration.correlation = lambda group: calibration[group.name]  # type: ignore[method-assign]
+    on_gpu.calibration.moments = world.calibration.moments
+    torch.testing.assert_close(merge_of(on_gpu, on_gpu.inputs(), name), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_both_ways_to_name_a_setting_are_one_candidate() -> None:
     for suffix, (similarity, matching) in SUFFIXES.items():
         named = make_method("mudsc", {"suffix": suffix})
