@@ -45,9 +45,9 @@ class HostSetup:
     fingerprint: str
     heads: Mapping[str, np.ndarray]
     cache: Path
-    kept: Path | None
     device: str
     threads: int
+    kept: Path | None = None
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)

@@ -54,14 +54,17 @@ def plot_scores(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     for bar, score, error in zip(bars, merged["score"], errors, strict=True):
         text = f"{score:.3g}" if _is_cost(table) else f"{100 * score:.1f}"
+        side = -1 if score < 0 else 1
         axes.annotate(
-            text, (score + error, bar.get_y() + bar.get_height() / 2), (5, 0), textcoords="offset points", va="center"
-        )
+            text, (score + side * error, bar.get_y() + bar.get_height() / 2), (5 * side, 0),
+            textcoords="offset points", va="center", ha="right" if score < 0 else "left",
+        )  # fmt: skip
     _reference_lines(axes, table)
     _percent(axes, table, "x")
     axes.set_xlabel(f"{score_label(table)} on the test split")
     axes.margins(x=0.12)
-    axes.set_xlim(left=0)
+    if merged["score"].min() >= 0:
+        axes.set_xlim(left=0)
     return figure
 
 
@@ -70,15 +73,30 @@ def plot_tasks(table: pd.DataFrame) -> Figure:
     tasks = list(task_names(table))
     shown = table[table["method"] != "finetuned"]
     values = 100 * shown[[f"normalized/{task}" for task in tasks]].to_numpy(dtype=float)
-    figure, axes = _single(height=1.3 + 0.36 * len(shown))
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=min(np.nanmin(values), 50), vmax=100)
-    slanted = len(tasks) > 6
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if slanted else 0, ha="right" if slanted else "center")
-    axes.set_yticks(range(len(shown)), shown["study"])
+    return _heat_map(pd.DataFrame(values, shown["study"].tolist(), tasks))
+
+
+def plot_pairs(table: pd.DataFrame) -> Figure:
+    """A heat map of pairs × studies of the leaderboard by pair, best pairs first: normalised scores, in per cent."""
+    merged = table[table["kind"] == "merged"]
+    values = 100 * merged.pivot(index="pairs", columns="study", values="normalized_mean")
+    best = values.mean().sort_values(ascending=False).index
+    return _heat_map(values.loc[values.mean(axis=1).sort_values(ascending=False).index, best])
+
+
+def _heat_map(scores: pd.DataFrame) -> Figure:
+    """Normalised scores in per cent; below 0, where the label average is better, all are as dark."""
+    values, columns = scores.to_numpy(), list(scores.columns)
+    figure, axes = _single(height=1.3 + 0.36 * len(scores))
+    low = min(max(np.nanmin(values), 0), 50)
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=low, vmax=100)
+    slanted = len(columns) > 6
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_yticks(range(len(scores)), list(scores.index))
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    if len(tasks) <= _ANNOTATED_TASKS:
+    if len(columns) <= _ANNOTATED_TASKS:
         for (row, column), value in np.ndenumerate(values):
             luminance = np.dot(image.to_rgba(np.array([value]))[0, :3], (0.299, 0.587, 0.114))
             colour = "black" if luminance > 0.5 else "white"
