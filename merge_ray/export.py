@@ -24,8 +24,7 @@ from merge_ray.checkpoints import (
 from merge_ray.errors import LedgerError, choose_from
 from merge_ray.families import Family
 from merge_ray.leaderboard import rank, read_rows
-from merge_ray.methods.base import Merged, MergeInputs, Method, make_method
-from merge_ray.methods.own_tensors import with_own_tensors
+from merge_ray.methods.base import Merged, MergeInputs, Method, make_method, with_own_tensors
 from merge_ray.methods.per_sample import TaskWeights
 from merge_ray.models import load_bank, open_task_data
 from merge_ray.progress import Progress

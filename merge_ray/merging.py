@@ -19,8 +19,15 @@ from merge_ray.checkpoints import fingerprint_file, read_finetuned, read_weights
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.families import Family, Skeleton
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import Calibration, Merged, MergeInputs, Method, Unlabeled, make_method
-from merge_ray.methods.own_tensors import with_own_tensors
+from merge_ray.methods.base import (
+    Calibration,
+    Merged,
+    MergeInputs,
+    Method,
+    Unlabeled,
+    make_method,
+    with_own_tensors,
+)
 from merge_ray.statistics import ActivationStatistics, reset_batch_norm
 
 Source = StateDict | str | Path

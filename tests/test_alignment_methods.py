@@ -30,7 +30,6 @@ from merge_ray.matching import (
 from merge_ray.matching.weight_space import visiting_orders
 from merge_ray.merging import merge
 from merge_ray.methods.base import (
-    MergeCache,
     Merged,
     MergeInputs,
     check_parameter,
@@ -38,6 +37,7 @@ from merge_ray.methods.base import (
     make_method,
     parameter_fields,
 )
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.mudsc import SUFFIXES, Mudsc
 from merge_ray.statistics import ActivationStatistics, reset_batch_norm
 

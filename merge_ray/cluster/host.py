@@ -22,8 +22,15 @@ from merge_ray.cluster.learned import Learned
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method
-from merge_ray.methods.own_tensors import with_own_tensors
+from merge_ray.methods.base import (
+    LearnedMethod,
+    Learner,
+    Merged,
+    MergeInputs,
+    Method,
+    with_own_tensors,
+)
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.models import open_task_data
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics

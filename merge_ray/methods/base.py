@@ -7,23 +7,20 @@ with :func:`param`, and whose :meth:`Method.merge` turns :class:`MergeInputs` in
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
-import os
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.matching import PermutationGroups
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.resources import Calibration, TaskModel, Unlabeled
 from merge_ray.space import PerTask, Space
 
@@ -88,6 +85,44 @@ class SharedWeights(Merged):
     def storage_bytes(self) -> int:
         """One model in its stored dtypes."""
         return self.bank.model_bytes
+
+
+@dataclasses.dataclass
+class WithOwnTensors(Merged):
+    """Merged weights, but for some tensors that every task has from its own model."""
+
+    merged: Merged
+    bank: ModelBank
+    own: frozenset[str]
+    shared = False
+    keeps_own = True
+
+    def __post_init__(self) -> None:
+        self.resolved, self.notes = self.merged.resolved, self.merged.notes
+
+    def write(self, task: str, out: Tensor) -> None:
+        """See :meth:`Merged.write`."""
+        self.merged.write(task, out)
+        row = self.bank.task_vectors[self.bank.tasks.index(task)]
+        for entry in self.bank.layout.entries:
+            if entry.name in self.own:
+                columns = slice(entry.offset, entry.offset + entry.size)
+                out[columns] = self.bank.base[columns] + row[columns]
+
+    def storage_bytes(self) -> int:
+        """What the merge needs, and the own tensors of every task but one."""
+        entries = [entry for entry in self.bank.layout.entries if entry.name in self.own]
+        own = sum(entry.size * entry.dtype.itemsize for entry in entries)
+        return self.merged.storage_bytes() + (len(self.bank.tasks) - 1) * own
+
+    def artifacts(self) -> dict[str, np.ndarray]:
+        """Those of the merge."""
+        return self.merged.artifacts()
+
+
+def with_own_tensors(merged: Merged, bank: ModelBank, own: frozenset[str]) -> Merged:
+    """The merge, with every task's own of the tensors ``own`` that a family leaves to it."""
+    return merged if not own or merged.keeps_own else WithOwnTensors(merged, bank, own)
 
 
 class Predictor(Merged):
@@ -192,53 +227,6 @@ class MergeInputs:
         take long; other hosts get them too, and a sweep that goes on. The ``key`` must then say all but the models.
         """
         return self._cache.get((self.bank.tasks, key), compute, keep)
-
-
-class MergeCache:
-    """The latest expensive results of one host, kept up to ``capacity`` bytes, oldest out first.
-
-    Results below :data:`SMALL` bytes (thresholds, choices made on validation data) do not count and stay. Some are kept
-    in ``directory``, too, if it is there: for hosts that share it, of one set of models.
-    """
-
-    SMALL = 1 << 20
-
-    def __init__(self, capacity: int, directory: Path | None = None) -> None:
-        self.capacity = capacity
-        self.directory = directory
-        self._results: dict[Hashable, Tensor] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
-        """The result stored under ``key``, computed first if it is not there; ``keep`` it in the directory."""
-        if key in self._results:
-            self._results[key] = self._results.pop(key)
-            return self._results[key]
-        # Room is made before computing, so that the peak is one result over what stays.
-        self._shrink(self.capacity // 2)
-        result = self._kept(key, compute) if keep and self.directory and self.directory.is_dir() else compute()
-        self._results[key] = result
-        self._shrink(self.capacity)
-        return result
-
-    def _kept(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        assert self.directory is not None
-        path = self.directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path))
-        result = compute()
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with aside.open("wb") as file:
-            np.save(file, result.numpy())
-        aside.replace(path)
-        return result
-
-    def _shrink(self, capacity: int) -> None:
-        large = {key: result.nbytes for key, result in self._results.items() if result.nbytes >= self.SMALL}
-        for key in list(large):
-            if sum(large.values()) <= capacity:
-                return
-            del large[key]
-            del self._results[key]
 
 
 @dataclasses.dataclass(frozen=True)
