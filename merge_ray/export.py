@@ -40,12 +40,12 @@ def export_merge(
 ) -> list[Path]:
     """Merge again what a sweep found best and write it below ``output``; returns the paths written.
 
-    study: whose confirmed merge; None for the highest-ranked. pair: which (``a+b``), in a sweep over pairs; None for
-    the highest-ranked. A method with weights per task gives one model a task, named by the task; else there is one,
-    named ``merged``. One with weights per sample has no weights to write: it gives what makes them, see
-    :func:`_write_by_sample`. Models without a common base are written as whole networks, one a task, after batch norm
-    is reset, which needs the sweep's data. Raises :class:`LedgerError` for an unknown study or pair, for a format
-    that there is not, and when the models changed since the sweep.
+    study: whose confirmed merge; None for the highest-ranked. pair: which (``a+b``), in a sweep over pairs, whose
+    files go to a folder of that name; None for the highest-ranked. A method with weights per task gives one model a
+    task, named by the task; else there is one, named ``merged``. One with weights per sample has no weights to write:
+    it gives what makes them, see :func:`_write_by_sample`. Models without a common base are written as whole
+    networks, one a task, after batch norm is reset, which needs the sweep's data. Raises :class:`LedgerError` for an
+    unknown study or pair, for a format that there is not, and when the models changed since the sweep.
     """
     if format not in FORMATS:
         raise LedgerError(f"--format {format}: {choose_from(format, FORMATS)}")
@@ -63,14 +63,14 @@ def export_merge(
         "bank_fingerprint": bank.fingerprint,
         "versions": row["versions"],
     }
+    if row["pairs"]:
+        bank, output = bank.of(row["pairs"].split("+")), output / row["pairs"]
     output.mkdir(parents=True, exist_ok=True)
     if method.by_sample:
         if format != FORMATS[0]:
             raise LedgerError(f"--format {format}: {method.name} makes weights for every sample, so that there is no "
                               "model to write; leave --format out for the mapping and a spec that runs it")  # fmt: skip
         return _write_by_sample(spec, row, method, results, output, metadata)
-    if row["pairs"]:
-        bank = bank.of(row["pairs"].split("+"))
     finetuned = {task: spec.models.finetuned_location(task) for task in bank.tasks}
     metadata |= {"base": spec.models.base or "", "finetuned": json.dumps(finetuned)}
     family = spec.models.open_family()
