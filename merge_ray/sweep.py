@@ -38,6 +38,7 @@ from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
+from merge_ray.relatedness.nearest import read_distances
 from merge_ray.report import write_report
 from merge_ray.spec import EvaluationSpec, SweepSpec
 from merge_ray.study import Study
@@ -79,9 +80,12 @@ class _Sweep:
     ) -> None:
         self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
         self.ledger, self.rows, self.progress = ledger, rows, progress
+        self.warned: set[str] = set()
 
     def score_references(self) -> dict[str, References]:
-        """Score the base, or the average label without one, and every fine-tuned model once on both splits.
+        """Score the base and every fine-tuned model once on both splits.
+
+        Without a base, the average label and the models as published, before batch norm is reset, take its place.
 
         Returns the fine-tuned models' scores by split, by which normalised scores divide.
         """
@@ -90,8 +94,11 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower = "pretrained" if self.spec.models.base else "average_label"
-            self._score([self._candidate(lower, lower, split) for split in splits], references)
+            lower: dict[str, dict[str, Any]] = {"pretrained": {}}
+            if not self.spec.models.base:
+                lower["average_label"] = {"released": self.spec.evaluation.released_average}
+            others = [self._candidate(name, name, split, lower[name]) for name, split in product(lower, splits)]
+            self._score(others, references)
         return references
 
     def search(self, references: Mapping[str, References]) -> None:
@@ -165,6 +172,9 @@ class _Sweep:
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
+                for note in sorted(set(report["notes"]) - self.warned):
+                    self.warned.add(note)
+                    self.progress.warn(f"{candidate.search}: {note}")
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
                 if artifacts:
@@ -283,7 +293,7 @@ def _fingerprints(
     }
     hashed_heads = fingerprint_of(head_parts)
     # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
-    later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
+    later, usual = ("transductive", "learning_reports", "calibration_samples", "released_average"), EvaluationSpec()
     left_out = {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
     left_out |= {"batch_size", "trial_seconds"}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
@@ -310,6 +320,9 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool
                 "choose another name, or move that directory away"
             )
     described.write_text(json.dumps(identity, indent=2))
+    if spec.models.relatedness is not None:
+        distances = read_distances(spec.models.relatedness, spec.task_names)
+        distances.to_parquet(directory / "relatedness.parquet")
     (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}
@@ -350,6 +363,7 @@ def _start_actors(
         driver=ray.get_runtime_context().get_node_id(),
         directory=Path.cwd(),
         cache=cache_directory().absolute(),
+        kept=spec.directory.resolve() / "learning",
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"

@@ -24,10 +24,12 @@ from merge_ray.errors import DataError
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method, WithOwnTensors
+from merge_ray.methods.base import LearnedMethod, Learner, Merged, MergeInputs, Method, with_own_tensors
+from merge_ray.methods.merge_cache import MergeCache
+from merge_ray.models import open_task_data
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
-from merge_ray.tasks import PreparedSplit, TaskSpec, cache_directory, open_task
+from merge_ray.tasks import TaskSpec, cache_directory, open_task
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class HostSetup:
 
     data: the fingerprint of every task's split, by split. files: other files that hosts read. versions: the driver's.
     directory, cache: where the driver's relative paths start, and its cache of prepared data, on the node ``driver``;
-    other nodes have caches of their own. node: the name of the host's node.
+    other nodes have caches of their own. kept: where hosts that can see it keep what others need, until the sweep
+    ends. node: the name of the host's node.
     """
 
     models: ModelsSpec
@@ -52,6 +55,7 @@ class HostSetup:
     driver: str
     directory: Path
     cache: Path
+    kept: Path | None = None
     node: str = ""
     device: str = "cpu"
     threads: int = 1
@@ -71,18 +75,15 @@ class HostSetup:
             raise DataError(f"there is no {', no '.join(missing)}; {HOW_FILES_TRAVEL}")
         return cache_directory()
 
-    def open_data(self, family: Family, split: str, cache: Path) -> dict[str, PreparedSplit]:
-        """Every task's split, prepared in the cache by the first process of the node that asks for it.
+    def prepare(self, family: Family, split: str, cache: Path) -> None:
+        """Have every task's split in the cache; the first process of the node that asks for it prepares it.
 
         Raises :class:`DataError` where there are no data, or others than the driver's.
         """
-        found = {}
         for spec in self.tasks:
             prepare = family.open_images if split == "train" else family.open_split
-            prepared = found[spec.name] = prepare(open_task(spec), split, cache)
-            if prepared.fingerprint != self.data[split][spec.name]:
+            if prepare(open_task(spec), split, cache).fingerprint != self.data[split][spec.name]:
                 raise DataError(f"{spec.name}: the data of {split} are not those of the driver's node")
-        return found
 
 
 HOW_FILES_TRAVEL = (
@@ -99,7 +100,7 @@ def prepare_node(versions: Mapping[str, str], setups: Sequence[ray.ObjectRef]) -
     [setup] = ray.get(list(setups))
     cache, family = setup.enter(), setup.models.open_family()
     for split in setup.data:
-        setup.open_data(family, split, cache)
+        setup.prepare(family, split, cache)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
@@ -130,7 +131,7 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(self.bank.base.nbytes)
+        self.cache = MergeCache(self.bank.base.nbytes, setup.kept)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
@@ -138,13 +139,11 @@ class ModelHost:
         self._forget()
 
     def _load(self, family: Family, split: str, cache: Path) -> dict[str, TaskData]:
-        limit = self.setup.evaluation.max_samples if split == "val" else None
-        images = {} if family.has_base else self.setup.open_data(family, "train", cache)
-        data = {}
-        for name, prepared in self.setup.open_data(family, split, cache).items():
-            head = torch.from_numpy(self.setup.heads[name].copy()) if family.needs_heads else None
-            data[name] = family.task_data(prepared, head, self.device, limit)
-            data[name].calibration = images.get(name)
+        data, setup = {}, self.setup
+        setup.prepare(family, split, cache)
+        for spec in setup.tasks:
+            head = torch.from_numpy(setup.heads[spec.name].copy()) if family.needs_heads else None
+            data[spec.name] = open_task_data(family, spec, split, head, setup.evaluation, self.device, cache)
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
@@ -221,17 +220,12 @@ class ModelHost:
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
-        merged = self._with_own_tensors(make())
+        merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
         self.merged, self.shards = merged, []
         return merged
-
-    def _with_own_tensors(self, merged: Merged) -> Merged:
-        """The merge, with every task's own of the tensors that the family leaves to it."""
-        own = self.family.own_tensors
-        return merged if not own or merged.keeps_own else WithOwnTensors(merged, self.inputs.bank, own)
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
         """The candidate's learner where ``learned`` left off: the last one if it stands there."""
