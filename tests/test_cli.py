@@ -84,7 +84,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_merge_matches_channels_of_models_without_a_base(encoders: Path, tmp_path: Path) -> None:
     models = [f"{task}={encoders / task}.safetensors" for task in ("edges", "normal")]
-    known = ["--family", "taskonomy", "--architecture", "slim"]
+    known: list[str | Path] = ["--family", "taskonomy", "--architecture", "slim"]
     output = tmp_path / "{task}.safetensors"
     run("merge", "git_rebasin", *known, "--finetuned", *models, "-o", output)
     merged = {task: load_file(tmp_path / f"{task}.safetensors") for task in ("edges", "normal")}
@@ -92,7 +92,7 @@ def test_merge_matches_channels_of_models_without_a_base(encoders: Path, tmp_pat
     differ = {name for name in merged["edges"] if not merged["edges"][name].equal(merged["normal"][name])}
     assert differ and all(name.startswith("compress") for name in differ)
     images: list[str | Path] = ["--images", encoders, "--image-count", "2"]
-    words = [*known, "--finetuned", *models, "--a", "0.3"]
+    words: list[str | Path] = [*known, "--finetuned", *models, "--a", "0.3"]
     run("merge", "zipit", *words, *images, "-o", tmp_path / "zipped.safetensors", "--task", "normal")
     zipped = load_file(tmp_path / "zipped.safetensors")
     assert json.loads(read_metadata(tmp_path / "zipped.safetensors")["parameters"])["a"] == 0.3
