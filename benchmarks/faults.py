@@ -1,9 +1,10 @@
 """Kill what runs, at random, until a sweep is complete: what was recorded stays, nothing is scored twice.
 
 The sweep is the quickstart's (its models, tasks and seven studies) with fewer images and on two hosts, or that of
-another SPEC. It runs once in peace. Then, every round, it starts anew in an empty directory, and something of it is sent SIGKILL at a random moment:
-the driver, a host, the process of a trial, the ledger's actor, the raylet, or several of them at once. A command that
-ended is given again, until one ends well. A row counts as acknowledged once it can be read from the ledger.
+another SPEC. It runs once in peace. Then, every round, it starts anew in an empty directory, and something of it is
+sent SIGKILL at a random moment: the driver, a host, the process of a trial, the ledger's actor, the raylet, or several
+of them at once. A command that ended is given again, until one ends well. A row counts as acknowledged once it can be
+read from the ledger.
 
     python benchmarks/faults.py [SPEC] [--rounds 50] [--seed 0] [--images 20] [--set KEY=VALUE ...]
 """
