@@ -28,6 +28,13 @@ STUDIES = {
     "ties": {"searcher": "optuna", "scheduler": "asha", "trials": 16},
 }
 HARNESS = Path(__file__).parents[1] / "benchmarks" / "faults.py"
+# Tests that run in the background of a script ignore Ctrl-C, and what they start does.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from merge_ray.cli import main
+main()
+"""
 COLUMNS = ["study", "parameters", "identity", "score", "mean"]
 
 
@@ -56,7 +63,7 @@ def same_leaderboard(directory: Path, undisturbed: Path) -> None:
 def command(spec: Path) -> subprocess.Popen[bytes]:
     """The sweep as a user starts it, on a Ray of its own; what it says goes to ``output`` beside the spec."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}
-    words = [sys.executable, "-m", "merge_ray", "sweep", str(spec)]
+    words = [sys.executable, "-c", START, "sweep", str(spec)]
     with spec.with_name("output").open("w") as output:
         return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 

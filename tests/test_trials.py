@@ -168,10 +168,12 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
 
 def test_ctrl_c_asks_once_and_then_stops() -> None:
     said: list[str] = []
+    # Tests that run in the background of a script ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with interruption(said.append) as ending:
         os.kill(os.getpid(), signal.SIGINT)
         assert ending.is_set() and len(said) == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.sigtimedwait([], 5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
