@@ -99,7 +99,7 @@ class Sweep:
     def rows(self) -> dict[tuple[str, str], Row]:
         """The rows that can be read, by study and identity."""
         try:
-            rows: list[Row] = read_rows(self.directory).to_dict("records")
+            rows: list[Any] = read_rows(self.directory).to_dict("records")
         except LedgerError:
             return {}
         return {(row["study"], row["identity"]): row for row in rows}

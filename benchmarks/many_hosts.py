@@ -42,7 +42,7 @@ LEDGER_ROWS = 5000
 SAMPLE_EVERY = 5.0
 
 
-@ray.remote(num_cpus=0, max_concurrency=10_000)
+@ray.remote(num_cpus=0)
 class SleepingHosts:
     """All hosts in one process; a call takes its share of a candidate's seconds, and no processor time to speak of."""
 
@@ -98,7 +98,8 @@ def main() -> None:
 
 def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None:
     """Score the candidates on sleeping hosts through the sweep's search."""
-    hosts = SleepingHosts.remote(arguments.seconds)  # type: ignore[attr-defined]
+    options = SleepingHosts.options(max_concurrency=10_000)  # type: ignore[attr-defined]
+    hosts = options.remote(arguments.seconds)
     pool = HostPool([hosts] * arguments.hosts, [])
     ledger = start_results_actor(directory, "many_hosts/results")
     spec = StudySpec.model_validate(

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +256,8 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     host = StandIn.remote(directory)  # type: ignore[attr-defined]
     pool = HostPool([host], [])
     ledger = start_results_actor(directory, f"{directory.name}/results")
-    evaluation, ending = EvaluationSpec(shards=1), threading.Event()
     try:
-        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, evaluation, directory, lambda: None, ending)
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -61,7 +61,10 @@ class Search:
 
     def run(self, progress: Callable[[], None] = lambda: None) -> None:
         pool, evaluation = HostPool(self.hosts, []), EvaluationSpec(shards=SHARDS)
-        tuning.run_studies([self.study], pool, self.ledger, {}, evaluation, self.directory, progress, self.ending)
+        try:
+            tuning.run_studies([self.study], pool, self.ledger, {}, evaluation, self.directory, progress, self.ending)
+        finally:
+            ray.kill(self.ledger)
 
     def asked(self) -> Counter[tuple[str, int]]:
         return sum((ray.get(host.counted.remote()) for host in self.hosts), Counter())
@@ -109,7 +112,7 @@ def test_trial_processes_that_cannot_live_end_the_search_with_the_reason(
     tmp_path: Path, ray_cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(MergeTrainable):
-        def setup(self, config: dict[str, Any], **rest: Any) -> None:
+        def setup(self, *shared: Any, **rest: Any) -> None:
             raise RuntimeError("another version of the package")
 
     monkeypatch.setattr(tuning, "MergeTrainable", Broken)
@@ -127,6 +130,11 @@ def test_a_search_that_is_ended_finishes_what_hosts_have(tmp_path: Path, ray_clu
     assert 1 <= len(rows) < 40
     assert set(rows["status"]) == {"complete"}
     assert set(search.study.outcomes) == set(rows["identity"]) == {candidate for candidate, _ in search.asked()}
+
+
+def rows_by_identity(directory: Path) -> dict[str, dict[str, Any]]:
+    rows: list[Any] = read_rows(directory).to_dict("records")
+    return {row["identity"]: row for row in rows}
 
 
 @pytest.fixture
@@ -153,16 +161,14 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
     search = Search(small_disk, points=40)
     with pytest.raises(LedgerError, match=r"No space left on device; run the same command again to go on"):
         search.run(lambda: fill() if len(search.study.outcomes) == 3 else None)
-    acknowledged = {row["identity"]: row for row in read_rows(small_disk).to_dict("records")}
+    acknowledged = rows_by_identity(small_disk)
     assert 3 <= len(acknowledged) < 40
     ballast.unlink()
     again = Search(small_disk, points=40, known=acknowledged)
     again.run()
-    rows = {row["identity"]: row for row in read_rows(small_disk).to_dict("records")}
+    rows = rows_by_identity(small_disk)
     assert len(rows) == 40
-    assert {name: rows[name]["time"] for name in acknowledged} == {
-        name: row["time"] for name, row in acknowledged.items()
-    }
+    assert all(rows[identity]["time"] == row["time"] for identity, row in acknowledged.items())
     assert not acknowledged.keys() & {candidate for candidate, _ in again.asked()}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.callback import Callback
@@ -97,8 +97,8 @@ class SweepSearcher(Searcher):
         rows = read_rows(self.directory)
         # A failure may be an earlier run's, which this one was told to try again.
         own = rows[(rows["identity"] == candidate.identity) & (rows["status"] != "failed")]
-        outcomes = [outcome_of(row) for _, row in own.iterrows()]
-        return next((outcome for outcome in outcomes if study.accepts(outcome)), None)
+        outcomes = map(outcome_of, cast(list[dict[str, Any]], own.to_dict("records")))
+        return next(filter(study.accepts, outcomes), None)
 
     def _configuration(self, trial_id: str, study: Study, candidate: Candidate, host: int) -> dict[str, Any]:
         self.trials[trial_id] = (study, candidate, host)
@@ -150,12 +150,12 @@ def run_studies(
     evaluation: EvaluationSpec,
     directory: Path,
     progress: Callable[[], None],
-    ending: threading.Event,
+    ending: threading.Event | None = None,
 ) -> None:
     """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
 
     directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
-    ending: once set, no more candidates are started, and what is left of the search is not done. Raises
+    ending: once it is set, no more candidates are started, and what is left of the search is not done. Raises
     :class:`merge_ray.errors.LedgerError` when rows can no longer be written, and
     :class:`merge_ray.errors.SweepInterrupted` when it was ended before it was done.
     """
@@ -170,6 +170,7 @@ def run_studies(
         shards=evaluation.shards,
         learning_reports=evaluation.learning_reports,
     )
+    ending = ending or threading.Event()
     callback = _TrialCallback(ending, progress)
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(trial_resources, hosts=len(pool.hosts))),
