@@ -123,11 +123,11 @@ def test_trial_processes_that_cannot_live_end_the_search_with_the_reason(
 
 
 def test_a_search_that_is_ended_finishes_what_hosts_have(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
-    search = Search(tmp_path, points=40)
+    search = Search(tmp_path, points=20)
     with pytest.raises(SweepInterrupted):
         search.run(lambda: search.ending.set() if search.study.outcomes else None)
     rows = read_rows(tmp_path)
-    assert 1 <= len(rows) < 40
+    assert 1 <= len(rows) < 20
     assert set(rows["status"]) == {"complete"}
     assert set(search.study.outcomes) == set(rows["identity"]) == {candidate for candidate, _ in search.asked()}
 
@@ -158,16 +158,16 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
         with ballast.open("ab") as file:
             file.write(bytes(max(0, free.f_bavail * free.f_frsize - 100_000)))
 
-    search = Search(small_disk, points=40)
+    search = Search(small_disk, points=20)
     with pytest.raises(LedgerError, match=r"No space left on device; run the same command again to go on"):
         search.run(lambda: fill() if len(search.study.outcomes) == 3 else None)
     acknowledged = rows_by_identity(small_disk)
-    assert 3 <= len(acknowledged) < 40
+    assert 3 <= len(acknowledged) < 20
     ballast.unlink()
-    again = Search(small_disk, points=40, known=acknowledged)
+    again = Search(small_disk, points=20, known=acknowledged)
     again.run()
     rows = rows_by_identity(small_disk)
-    assert len(rows) == 40
+    assert len(rows) == 20
     assert all(rows[identity]["time"] == row["time"] for identity, row in acknowledged.items())
     assert not acknowledged.keys() & {candidate for candidate, _ in again.asked()}
 
