@@ -1,11 +1,12 @@
 """Kill what runs, at random, until a sweep is complete: what was recorded stays, nothing is scored twice.
 
-The sweep is the quickstart's (its models, tasks and seven studies) with fewer images and on two hosts. It runs once in
-peace. Then, every round, it starts anew in an empty directory, and something of it is sent SIGKILL at a random moment:
-the driver, a host, the process of a trial, the ledger's actor, the raylet, or several of them at once. A command that
-ended is given again, until one ends well. A row counts as acknowledged once it can be read from the ledger.
+The sweep is the quickstart's (its models, tasks and seven studies) with fewer images and on two hosts, or that of
+another SPEC. It runs once in peace. Then, every round, it starts anew in an empty directory, and something of it is
+sent SIGKILL at a random moment: the driver, a host, the process of a trial, the ledger's actor, the raylet, or several
+of them at once. A command that ended is given again, until one ends well. A row counts as acknowledged once it can be
+read from the ledger.
 
-    python benchmarks/faults.py [--rounds 50] [--seed 0] [--images 20] [--set KEY=VALUE ...]
+    python benchmarks/faults.py [SPEC] [--rounds 50] [--seed 0] [--images 20] [--set KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Sweep:
 def main() -> None:
     """Run the rounds and print a table; the status is 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path, nargs="?", default=SPEC)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=20, help="of each task and split")
@@ -119,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     limits = (f"evaluation.max_samples={arguments.images}", f"task_defaults.test_size={arguments.images}")
     with tempfile.TemporaryDirectory() as folder:
-        rounds = run(SPEC, (*limits, *arguments.overrides), Path(folder), arguments.rounds, arguments.seed)
+        rounds = run(arguments.spec, (*limits, *arguments.overrides), Path(folder), arguments.rounds, arguments.seed)
     show(rounds)
     sys.exit(not all(item.passed for item in rounds))
 

@@ -43,7 +43,7 @@ LEDGER_ROWS = 5000
 SAMPLE_EVERY = 5.0
 
 
-@ray.remote(num_cpus=0, max_concurrency=10_000)  # type: ignore[call-overload]
+@ray.remote(num_cpus=0)
 class SleepingHosts:
     """All hosts in one process; a call takes its share of a candidate's seconds, and no processor time to speak of."""
 
@@ -101,7 +101,9 @@ def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None
     """Score the candidates on sleeping hosts through the sweep's search."""
     make = SleepingHosts.options  # type: ignore[attr-defined]
     pool = HostPool(
-        "many_hosts", HostsSpec(count=1), lambda node, room, options: make(**options).remote(arguments.seconds)
+        "many_hosts",
+        HostsSpec(count=1),
+        lambda node, room, options: make(max_concurrency=10_000, **options).remote(arguments.seconds),
     )
     pool.wait_until_ready()
     [host] = pool.hosts

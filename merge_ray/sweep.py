@@ -332,6 +332,8 @@ def _rows_by_identity(directory: Path) -> Rows:
     if not any((directory / "trials").glob("*.parquet")):
         return {}
     records: list[Any] = read_rows(directory).to_dict("records")
+    # What is complete answers for what was cut short elsewhere, whichever the clock says was later.
+    records.sort(key=lambda row: ("failed", "pruned", "complete").index(row["status"]))
     return {row["identity"]: row for row in records}
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +268,8 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     pool = HostPool("stand-in", HostsSpec(count=1), lambda node, room, options: make(**options).remote(directory))
     pool.wait_until_ready()
     ledger = start_results_actor(directory, f"{directory.name}/results")
-    evaluation, ending = EvaluationSpec(shards=1), threading.Event()
     try:
-        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, evaluation, directory, lambda: None, ending)
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), directory, lambda: None)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -14,10 +14,12 @@ from typing import Any
 def interruption(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """Yields an event that the first Ctrl-C sets; the second raises KeyboardInterrupt, as without this.
 
-    Only the main thread can take signals: elsewhere the event stays as it is.
+    Only the main thread can take signals, and a command in the background of a script may be told to ignore Ctrl-C:
+    then the event stays as it is.
     """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield asked
         return
 

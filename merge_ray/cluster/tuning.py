@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.callback import Callback
@@ -114,9 +114,8 @@ class SweepSearcher(Searcher):
         rows = read_rows(self.directory)
         # A failure may be an earlier run's, which this one was told to try again.
         own = rows[(rows["identity"] == candidate.identity) & (rows["status"] != "failed")]
-        records: list[Any] = own.to_dict("records")
-        outcomes = [outcome_of(row) for row in records]
-        return next((outcome for outcome in outcomes if study.accepts(outcome)), None)
+        outcomes = map(outcome_of, cast(list[dict[str, Any]], own.to_dict("records")))
+        return next(filter(study.accepts, outcomes), None)
 
     def _configuration(self, trial_id: str, study: Study, candidate: Candidate, host: Host) -> dict[str, Any]:
         self.trials[trial_id] = (study, candidate, host)
@@ -164,12 +163,12 @@ def run_studies(
     evaluation: EvaluationSpec,
     directory: Path,
     progress: Callable[[], None],
-    ending: threading.Event,
+    ending: threading.Event | None = None,
 ) -> None:
     """Search every study to the end of its budget; the studies hold their candidates and outcomes afterwards.
 
     directory: the sweep's results; Tune's own files, TensorBoard's among them, go to its ``tune`` folder.
-    ending: once set, no more candidates are started, and what is left of the search is not done. Raises
+    ending: once it is set, no more candidates are started, and what is left of the search is not done. Raises
     :class:`merge_ray.errors.MergeRayError` when rows can no longer be written or no host is left, and
     :class:`merge_ray.errors.SweepInterrupted` when it was ended before it was done.
     """
@@ -184,7 +183,7 @@ def run_studies(
         learning_reports=evaluation.learning_reports,
         seconds=evaluation.trial_seconds,
     )
-    searcher = SweepSearcher(studies, pool, directory, ending)
+    searcher = SweepSearcher(studies, pool, directory, ending or threading.Event())
     tuner = tune.Tuner(
         # The hosts own the cores and devices; their trials only wait for them, on the head. Every trial asks for the
         # same, so that any of Tune's processes can take it.
