@@ -141,6 +141,8 @@ class HostPool:
         nodes = live_nodes()
         alive = {node.id for node in nodes}
         self._checks = {node: check for node, check in self._checks.items() if node in alive}
+        for name in sorted({host.node.name for host in self.hosts if host.node.id not in alive}):
+            self._warn(f"node {name} is gone; what ran there runs again elsewhere")
         self.hosts = [host for host in self.hosts if host.node.id in alive and self._works(host)]
         fit = [node for node in nodes if self.room.on(node) and self._is_fit(node)]
         missing = self.wanted.count and self.wanted.count - len(self.hosts)
@@ -162,23 +164,27 @@ class HostPool:
 
     def _works(self, host: Host) -> bool:
         """Whether a host is ready or may become so."""
-        if host.ready is not None and self._has_answered(host.ready, host.node, f"{host.name} could not start"):
-            host.ready = None
-        return host.node.id not in self._given_up
+        if host.ready is None:
+            return True
+        answered = self._has_answered(host.ready, host.node, f"{host.name} could not start")
+        host.ready = None if answered else host.ready
+        return answered is not False
 
     def _is_fit(self, node: Node) -> bool:
         """Whether a node has passed its check, which is begun if need be."""
+        if node.id in self._given_up:
+            return False
         if node.id not in self._checks:
             self._checks[node.id] = self._check(node)
         check = self._checks[node.id]
         if check is not None and self._has_answered(check, node, "it is not used"):
             self._checks[node.id] = check = None
-        return check is None and node.id not in self._given_up
+        return check is None
 
-    def _has_answered(self, call: ray.ObjectRef, node: Node, what: str) -> bool:
-        """Whether a call has been answered; a node is given up for an error, unless that it is gone."""
-        if node.id in self._given_up or not ray.wait([call], timeout=0)[0]:
-            return False
+    def _has_answered(self, call: ray.ObjectRef, node: Node, what: str) -> bool | None:
+        """Whether a call was answered, None if not yet; for an error, unless it is gone, its node is given up."""
+        if not ray.wait([call], timeout=0)[0]:
+            return None
         try:
             ray.get(call)
             return True
