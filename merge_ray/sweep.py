@@ -370,12 +370,12 @@ def _start_actors(
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
     pool = HostPool.start(
-        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
+        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}, progress.warn
     )
     ledger = start_results_actor(spec.directory, f"{name}/results")
     try:
         with progress.step("load the models into the hosts"):
-            pool.wait_until_ready(progress.warn)
+            pool.wait_until_ready()
         yield pool, ledger
     finally:
         pool.close()

@@ -103,7 +103,9 @@ class Room:
         return {"num_cpus": self.threads_on(node)}
 
     def spread(self, nodes: Sequence[Node], hosts: Mapping[str, int], count: int | None) -> list[Node]:
-        """The nodes for further hosts, one each, up to ``count`` or as many as fit; the emptiest node comes first.
+        """The nodes for further hosts, one each, up to ``count`` or as many as fit.
+
+        The emptiest node comes first, and of these the one with most threads for each host.
 
         hosts: the number of hosts that each node has already, by its id.
         """
@@ -113,7 +115,7 @@ class Room:
             free = [node for node in nodes if taken[node.id] < self.on(node)]
             if not free:
                 break
-            chosen.append(min(free, key=lambda node: taken[node.id] / self.on(node)))
+            chosen.append(min(free, key=lambda node: (taken[node.id] / self.on(node), -self.threads_on(node))))
             taken[chosen[-1].id] += 1
         return chosen
 

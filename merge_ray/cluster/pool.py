@@ -49,7 +49,7 @@ class HostPool:
     """The sweep's hosts. Each is bound to a node: Ray restarts it there, and gives it up with the node.
 
     The pool follows the cluster: a node that comes is checked and gets hosts, one that goes takes its hosts with it.
-    What keeps a node or a host from working is an error until the sweep begins, and a warning after that.
+    What keeps a node or a host from working is an error until all are ready, and after that ``warn`` is told.
 
     start: ``start(node, room, options)`` makes an actor with Ray's ``options``. check: ``check(node)`` starts the task
     that raises where a node cannot do the work; None where there is no need. size: the hosts that are wanted, or as
@@ -64,10 +64,11 @@ class HostPool:
         wanted: HostsSpec,
         start: Callable[[Node, Room, dict[str, Any]], Any],
         check: Callable[[Node], ray.ObjectRef | None] = lambda node: None,
+        warn: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.name, self.wanted, self._start, self._check = name, wanted, start, check
+        self.name, self.wanted, self._start, self._check, self._warn = name, wanted, start, check, warn
         self.hosts: list[Host] = []
-        self._warn: Callable[[str], object] = _refuse
+        self._begun = False
         self._checks: dict[str, ray.ObjectRef | None] = {}
         self._given_up: dict[str, str] = {}
         self._asked: list[ray.ObjectRef] = []
@@ -85,6 +86,7 @@ class HostPool:
         setup: HostSetup,
         arrays: Mapping[str, np.ndarray],
         extras: Mapping[str, np.ndarray],
+        warn: Callable[[str], object] = lambda text: None,
     ) -> HostPool:
         """Start a :class:`ModelHost` a GPU, or some that share the cores of each node; see :class:`HostPool`.
 
@@ -102,18 +104,22 @@ class HostPool:
                 return None
             return prepare_node.options(scheduling_strategy=node.affinity).remote(versions(), told)
 
-        return cls(name, wanted, start_host, check)
+        return cls(name, wanted, start_host, check, warn)
 
     def _choose_room(self) -> Room:
         if not self._scales:
             return Room.choose(self.wanted, live_nodes())
+        told = False
         while True:
             try:
                 # There need not be room for all hosts yet.
                 return Room.choose(self.wanted.model_copy(update={"count": None}), live_nodes())
-            except MergeRayError:
-                self._ask_for(self.wanted.count or 1)
-                time.sleep(LOOK_EVERY)
+            except MergeRayError as error:
+                if not told:
+                    self._warn(f"{error}; waiting for nodes")
+                told = True
+            self._ask_for(self.wanted.count or 1)
+            time.sleep(LOOK_EVERY)
 
     def _ask_for(self, missing: int) -> None:
         """Keep as many tasks waiting as hosts are missing: Ray adds nodes for them for as long as the driver lives."""
@@ -135,6 +141,8 @@ class HostPool:
         nodes = live_nodes()
         alive = {node.id for node in nodes}
         self._checks = {node: check for node, check in self._checks.items() if node in alive}
+        for name in sorted({host.node.name for host in self.hosts if host.node.id not in alive}):
+            self._warn(f"node {name} is gone; what ran there runs again elsewhere")
         self.hosts = [host for host in self.hosts if host.node.id in alive and self._works(host)]
         fit = [node for node in nodes if self.room.on(node) and self._is_fit(node)]
         missing = self.wanted.count and self.wanted.count - len(self.hosts)
@@ -156,29 +164,35 @@ class HostPool:
 
     def _works(self, host: Host) -> bool:
         """Whether a host is ready or may become so."""
-        if host.ready is not None and self._has_answered(host.ready, host.node, f"{host.name} could not start"):
-            host.ready = None
-        return host.node.id not in self._given_up
+        if host.ready is None:
+            return True
+        answered = self._has_answered(host.ready, host.node, f"{host.name} could not start")
+        host.ready = None if answered else host.ready
+        return answered is not False
 
     def _is_fit(self, node: Node) -> bool:
         """Whether a node has passed its check, which is begun if need be."""
+        if node.id in self._given_up:
+            return False
         if node.id not in self._checks:
             self._checks[node.id] = self._check(node)
         check = self._checks[node.id]
         if check is not None and self._has_answered(check, node, "it is not used"):
             self._checks[node.id] = check = None
-        return check is None and node.id not in self._given_up
+        return check is None
 
-    def _has_answered(self, call: ray.ObjectRef, node: Node, what: str) -> bool:
-        """Whether a call has been answered; a node is given up for an error, unless that it is gone."""
-        if node.id in self._given_up or not ray.wait([call], timeout=0)[0]:
-            return False
+    def _has_answered(self, call: ray.ObjectRef, node: Node, what: str) -> bool | None:
+        """Whether a call was answered, None if not yet; for an error, unless it is gone, its node is given up."""
+        if not ray.wait([call], timeout=0)[0]:
+            return None
         try:
             ray.get(call)
             return True
         except RayError as error:
             if node.id in {node.id for node in live_nodes()}:
                 self._given_up[node.id] = f"node {node.name}: {what}: {cause(error)}"
+                if not self._begun:
+                    raise MergeRayError(self._given_up[node.id]) from None
                 self._warn(self._given_up[node.id])
             return False
 
@@ -187,8 +201,8 @@ class HostPool:
         checks = [check for node, check in self._checks.items() if node not in self._given_up]
         return [call for call in (*checks, *(host.ready for host in self.hosts)) if call is not None]
 
-    def wait_until_ready(self, warn: Callable[[str], object] = lambda text: None) -> None:
-        """Wait for the nodes' checks and for the hosts; from then on ``warn`` is told of what fails to start.
+    def wait_until_ready(self) -> None:
+        """Wait for the nodes' checks and for the hosts.
 
         Hosts that wait for long, for others use the cluster too, may join later; but one there must be. Raises
         :class:`MergeRayError` for a node or a host that cannot do the work.
@@ -199,7 +213,7 @@ class HostPool:
                 break
             ray.wait(awaited, timeout=LOOK_EVERY)
             self.refresh()
-        self._warn = warn
+        self._begun = True
 
     def close(self) -> None:
         """End the hosts and free the bank."""
@@ -283,10 +297,6 @@ class HostPool:
 @ray.remote
 def _wait_for_room() -> None:
     """Nothing: what counts is that it waits for resources."""
-
-
-def _refuse(text: str) -> None:
-    raise MergeRayError(text)
 
 
 @contextmanager
