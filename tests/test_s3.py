@@ -214,6 +214,7 @@ def test_many_parts_at_once_sit_out_an_outage(bucket: S3Server, monkeypatch: pyt
     def wait(seconds: float) -> None:
         waits.append(seconds)
         bucket.down = len(waits) < 110
+        threading.Event().wait(0.1)  # so that all threads get their turn
 
     monkeypatch.setattr("time.sleep", wait)
     bucket.down = True
