@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import EvaluationSpec, StudySpec, SweepSpec
+from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -264,11 +265,13 @@ def run_stand_in(directory: Path, coefficients: list[float]) -> None:
     space = {"scaling_coefficient": coefficients}
     spec = StudySpec(name="study", method="task_arithmetic", searcher="grid", space=space)
     study = Study(spec, template, ["ants"], 1, {}, 4)
-    host = StandIn.remote(directory)  # type: ignore[attr-defined]
-    pool = HostPool([host], [])
+    make = StandIn.options  # type: ignore[attr-defined]
+    pool = HostPool("stand-in", HostsSpec(count=1), lambda node, room, options: make(**options).remote(directory))
+    pool.wait_until_ready()
     ledger = start_results_actor(directory, f"{directory.name}/results")
+    evaluation, ending = EvaluationSpec(shards=1), threading.Event()
     try:
-        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), directory, lambda: None)
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, evaluation, directory, lambda: None, ending)
     finally:
         pool.close()
         ray.kill(ledger)

@@ -114,18 +114,19 @@ class S3Object:
         return f"s3://{self.bucket}/{self.key}"
 
 
-def client(retrying: bool = True) -> Any:
+def client(attempts: int | None = None) -> Any:
     """The boto3 client of S3 for what the environment says now: call it anew for each request, or few of them.
 
-    retrying: whether it tries again by itself. boto3's quota of retries is that of a client, and is spent when many
-    threads retry through an outage: they do better with a loop of their own, see :func:`is_transient`.
     Endpoint, region, profile and credentials are found as boto3 finds them (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``,
     ...); ``AWS_REGION`` counts too, and ``AWS_NO_SIGN_REQUEST=true`` means anonymous access. Threads may share it.
+
+    attempts: how often a request is made, where that is not to depend on whether the endpoint has answered yet. Many
+    threads that sit out an outage want 1 and a loop of their own: boto3's quota of retries is one for the client.
     """
     with _lock:
+        if attempts is not None:
+            return _client(_environment(), attempts)
         patient = _client(_environment(), most_attempts())
-        if not retrying:
-            return _client(_environment(), 1)
         if patient.meta.endpoint_url in _answered:
             return patient
         return _client(_environment(), min(FIRST_ATTEMPTS, most_attempts()))

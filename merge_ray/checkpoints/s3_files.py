@@ -169,9 +169,7 @@ def _read(found: S3Object, start: int, end: int, write: Callable[[bytes, int], o
     while start < end:
         span, before = f"bytes={start}-{end - 1}", start
         try:
-            answer = client(retrying=False).get_object(
-                Bucket=found.bucket, Key=found.key, IfMatch=found.etag, Range=span
-            )
+            answer = client(attempts=1).get_object(Bucket=found.bucket, Key=found.key, IfMatch=found.etag, Range=span)
             if answer.get("ContentRange") != f"bytes {start}-{end - 1}/{found.size}":
                 raise CheckpointError(f"{found}: the server does not answer with the part that was asked for")
             with closing(answer["Body"]) as body:
