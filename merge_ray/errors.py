@@ -18,6 +18,10 @@ class CheckpointError(MergeRayError):
     """Weights that cannot be read, are unsafe to read, or do not fit each other."""
 
 
+class MissingError(CheckpointError):
+    """A location where there is nothing."""
+
+
 class DataError(MergeRayError):
     """A task's data that cannot be used as asked."""
 

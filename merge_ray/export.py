@@ -50,6 +50,13 @@ def export_merge(
     if format not in FORMATS:
         raise LedgerError(f"--format {format}: {choose_from(format, FORMATS)}")
     spec = check_spec(SweepSpec, read_yaml(results / "sweep.yaml"), results / "sweep.yaml")
+    with spec.s3.applied():
+        return _export(spec, results, study, output, format, progress, pair)
+
+
+def _export(
+    spec: SweepSpec, results: Path, study: str | None, output: Path, format: str, progress: Progress, pair: str | None
+) -> list[Path]:
     row = _chosen_row(results, study, pair, spec.evaluation.objective)
     bank, _ = load_bank(spec.models, spec.task_names, progress)
     if bank.fingerprint != row["bank_fingerprint"]:

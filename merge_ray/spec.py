@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
@@ -265,6 +266,8 @@ class SweepSpec(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     studies: dict[str, StudySpec]
     hosts: HostsSpec = HostsSpec()
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.field_validator("name")
     @classmethod

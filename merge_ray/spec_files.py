@@ -13,6 +13,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import SpecError, choose_from
 from merge_ray.spec import SweepSpec
 from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from merge_ray.relatedness import RelatednessSpec
 
 Spec = TypeVar("Spec", bound=BaseModel)
+CREDENTIALS = re.compile(r"://[^/\s]*@")
 PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
@@ -194,13 +196,34 @@ def parse_value(text: str) -> Any:
 
 def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) -> Spec:
     """``raw`` as a ``model``; raises :class:`SpecError` that lists every mistake with its place."""
+    if secret := next((place for place, text in _texts(raw) if CREDENTIALS.search(text)), None):
+        raise SpecError(
+            f"{source}: {secret}: an address with credentials in it; specs are saved, so keep them in ~/.aws"
+        )
     try:
-        return model.model_validate(raw)
+        with _s3_settings(raw).applied():  # what is checked may lie there
+            return model.model_validate(raw)
     except pydantic.ValidationError as invalid:
         mistakes = [_describe(model, error) for error in invalid.errors()]
         raise SpecError(
             f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)
         ) from None
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a spec with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping | list):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(part, f"{place}.{key}".lstrip("."))
+
+
+def _s3_settings(raw: Mapping[str, Any]) -> S3Settings:
+    try:
+        return S3Settings.model_validate(raw.get("s3", {}))
+    except pydantic.ValidationError:
+        return S3Settings()  # the mistake is told with the others
 
 
 def _describe(model: type[BaseModel], error: Any) -> str:

@@ -56,7 +56,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
     before Ray starts where that can be known; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
-    with _own_directory(spec.directory):
+    with spec.s3.applied(), _own_directory(spec.directory):
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
@@ -365,6 +365,7 @@ def _start_actors(
         driver=ray.get_runtime_context().get_node_id(),
         directory=Path.cwd(),
         cache=cache_directory().absolute(),
+        s3=spec.s3,
         kept=spec.directory.resolve() / "learning",
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.

@@ -18,12 +18,14 @@ PACKAGE = Path(__file__).parent.parent / "merge_ray"
 ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
     "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "families", "tasks",
-    "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "progress", "space", "errors",
+    "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "caches", "progress", "space",
+    "errors",
 ]  # fmt: skip
 
 # Libraries whose import has another name than their distribution.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "botocore": "boto3",
     "open_clip": "open_clip_torch",
     "skimage": "scikit_image",
     "sklearn": "scikit_learn",

@@ -287,7 +287,7 @@ def test_saved_masks_are_read_again(bank: ModelBank, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "text"),
     [
-        (lambda path: None, "there is no such file of masks"),
+        (lambda path: None, "no such file or directory"),
         (lambda path: path.write_bytes(b"PK not a zip"), "cannot be read as saved masks"),
         (lambda path: save_arrays(path, {"mask/task0": np.zeros(43, np.uint8)}), r"none for \['task1', 'task2'\]"),
         (lambda path: save_arrays(path, {f"mask/task{task}": np.zeros(9) for task in range(3)}), r"is float64 \[9\]"),

@@ -7,7 +7,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.nodes import check_versions
 from merge_ray.errors import DataError
@@ -38,8 +39,8 @@ class HostSetup:
 
     data: the fingerprint of every task's split, by split. files: other files that hosts read. versions: the driver's.
     directory, cache: where the driver's relative paths start, and its cache of prepared data, on the node ``driver``;
-    other nodes have caches of their own. kept: where hosts that can see it keep what others need, until the sweep
-    ends. node: the name of the host's node.
+    other nodes have caches of their own. s3: where S3 is. kept: where hosts that can see it keep what others need,
+    until the sweep ends. node: the name of the host's node.
     """
 
     models: ModelsSpec
@@ -55,6 +56,7 @@ class HostSetup:
     driver: str
     directory: Path
     cache: Path
+    s3: S3Settings = field(default_factory=S3Settings)
     kept: Path | None = None
     node: str = ""
     device: str = "cpu"
@@ -98,9 +100,10 @@ def prepare_node(versions: Mapping[str, str], setups: Sequence[ray.ObjectRef]) -
     # First, for what another version has sent may not even be readable.
     check_versions(versions)
     [setup] = ray.get(list(setups))
-    cache, family = setup.enter(), setup.models.open_family()
-    for split in setup.data:
-        setup.prepare(family, split, cache)
+    with setup.s3.applied():
+        cache, family = setup.enter(), setup.models.open_family()
+        for split in setup.data:
+            setup.prepare(family, split, cache)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
@@ -113,6 +116,7 @@ class ModelHost:
 
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
         """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
+        os.environ.update(setup.s3.environment())
         cache = setup.enter()
         arrays, extras = ray.get(list(shared))
         self.setup = setup

@@ -217,6 +217,10 @@ class Family(ABC):
         """
         raise CheckpointError(f"the family {self.name!r} has no heads")
 
+    def is_of_encoder(self, name: str) -> bool:
+        """Whether an encoder of images may use a saved tensor of this name, in any layout that :meth:`rename` knows."""
+        return True
+
     def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
         """The groups of channels that may be permuted together, observed in ``skeleton``.
 

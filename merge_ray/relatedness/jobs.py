@@ -46,6 +46,9 @@ class EncoderFamily(Protocol):
     def preprocessing(self) -> Preprocessing:
         """How images are prepared for it."""
 
+    def is_of_encoder(self, name: str) -> bool:
+        """Whether the encoder may use a saved tensor of this name."""
+
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``state`` in native names."""
 
@@ -68,7 +71,8 @@ class FieldJob:
     def run(self, device: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Compute the field and write it; ``progress(done, total)`` counts samples."""
         family = _family(self.spec)
-        encoder = family.image_encoder(family.rename(read_weights(self.spec.locations[self.model])), device)
+        state = read_weights(self.spec.locations[self.model], family.is_of_encoder)
+        encoder = family.image_encoder(family.rename(state), device)
         encoder.eval().requires_grad_(False)
         images = read_weights(self.spec.directory / SAMPLES)["images"]
         parts = gradient_field(encoder.tower, encoder.prepare, images, self.spec.field, self.spec.batch_size)
@@ -145,6 +149,13 @@ def relate(
     compute: how fields that are missing are computed. Raises :class:`merge_ray.errors.MergeRayError` for models or
     samples that cannot be used.
     """
+    with spec.s3.applied():
+        return _relate(spec, progress, compute)
+
+
+def _relate(
+    spec: RelatednessSpec, progress: Progress, compute: Callable[[list[FieldJob], Progress], None]
+) -> Relatedness:
     spec = spec.model_copy(update={"results": spec.results.expanduser().absolute()})
     spec.directory.mkdir(parents=True, exist_ok=True)
     with progress.step("make the samples"):

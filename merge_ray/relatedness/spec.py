@@ -9,6 +9,7 @@ from typing import Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.families import find_family
 from merge_ray.relatedness.correlation import find_reference
 from merge_ray.relatedness.distances import Distance, Steps
@@ -40,6 +41,8 @@ class RelatednessSpec(BaseModel):
     batch_size: int = Field(128, ge=1)
     """Points of paths that the network sees at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.field_validator("name")
     @classmethod
