@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Candidate:
         """The candidate that scores ``method`` on ``split``."""
         return cls(sweep, study, method.name, method.parameters(), seed, split, fingerprints, pair)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The hash of all that determines the score; the same for equal candidates of different studies."""
         named = {value for value in self.parameters.values() if isinstance(value, str)}

@@ -30,6 +30,10 @@ class ParameterError(MergeRayError):
     """A method's parameter that does not exist or is out of its valid set."""
 
 
+class SweepInterrupted(MergeRayError):
+    """A sweep that was asked to end before it was done; what it has is recorded."""
+
+
 class LedgerError(MergeRayError):
     """A results directory that cannot take this sweep's rows."""
 

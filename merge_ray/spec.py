@@ -47,6 +47,19 @@ class ModelsSpec(Strict):
     finetuned: str | dict[str, str]
     heads: str | dict[str, str] | None = None
     """Saved classification heads; without them zero-shot heads come from the base's text tower."""
+    relatedness: str | None = None
+    """The distances between the models: a results directory of ``merge-ray relatedness``, or a Parquet or CSV file."""
+    nearest: int | None = Field(None, ge=1)
+    """Merge the model of the task ``to`` and so many others, those that are nearest to it by ``relatedness``."""
+    to: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _nearness_is_known(self) -> ModelsSpec:
+        if (self.nearest is None) != (self.to is None):
+            raise ValueError("'nearest' says how many models and 'to' the task that they are nearest to; give both")
+        if self.nearest is not None and self.relatedness is None:
+            raise ValueError("'nearest' needs 'relatedness', a results directory of merge-ray relatedness")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _family_exists(self) -> ModelsSpec:
@@ -88,9 +101,14 @@ class EvaluationSpec(Strict):
     """At most this many validation samples a task; the test split is always scored whole."""
     calibration_samples: int = Field(CALIBRATION_SAMPLES, ge=1)
     """Unlabelled samples that activations are compared on and batch norm is reset on, where a method or family does."""
+    released_average: bool = False
+    """Scale losses from the label average that the authors of training-free merging compute, to compare with their
+    tables: of the last batch alone (of ``batch_size``), class maps with height and width exchanged."""
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
     in the papers; without it they see validation inputs only."""
+    trial_seconds: float | None = Field(None, gt=0)
+    """A trial that takes longer, learning included, has failed, and its host is started anew; None is no limit."""
     objective: str = "normalized_mean"
     select_on: str = "val"
 
@@ -268,6 +286,11 @@ class SweepSpec(Strict):
             problems.append(f"tasks: named twice: {', '.join(doubled)}")
         if unknown := sorted({task for pair in self.task_pairs for task in pair} - set(names)):
             problems.append(f"pairs: {unknown[0]!r} is no task; {choose_from(unknown[0], names)}")
+        if self.models.to is not None and self.models.to not in names:
+            problems.append(f"models.to: {self.models.to!r} is no task; {choose_from(self.models.to, names)}")
+        elif (self.models.nearest or 0) >= len(names):
+            problems.append(f"models.nearest: {self.models.nearest} models are asked for beside that of "
+                            f"{self.models.to!r}; there are {len(names) - 1}")  # fmt: skip
         if self.pairs is not None and not all(len(set(pair)) == 2 for pair in self.task_pairs or [()]):
             problems.append("pairs: each names two different tasks, and there must be one at least")
         if not self.studies:

@@ -23,8 +23,10 @@ from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_
 from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
+from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import compact, forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
@@ -35,6 +37,7 @@ from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
 from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
+from merge_ray.relatedness.nearest import read_distances
 from merge_ray.report import write_report
 from merge_ray.results import Results, own_results
 from merge_ray.spec import EvaluationSpec, SweepSpec
@@ -52,14 +55,14 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
-    before Ray starts where that can be known.
+    before Ray starts where that can be known; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
     with spec.s3.applied(), own_results(spec.location, progress) as results:
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
         rows = _open_ledger(spec, results, fingerprints, retry_failed)
-        with ray_session(progress), _start_actors(spec, results, bank, heads, progress) as (pool, ledger):
+        with ray_session(progress), _start_actors(spec, results, bank, data, heads, progress) as (pool, ledger):
             sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
             references = sweep.score_references()
             sweep.search(references)
@@ -78,9 +81,12 @@ class _Sweep:
     ) -> None:
         self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
         self.ledger, self.rows, self.progress = ledger, rows, progress
+        self.warned: set[str] = set()
 
     def score_references(self) -> dict[str, References]:
-        """Score the base, or the average label without one, and every fine-tuned model once on both splits.
+        """Score the base and every fine-tuned model once on both splits.
+
+        Without a base, the average label and the models as published, before batch norm is reset, take its place.
 
         Returns the fine-tuned models' scores by split, by which normalised scores divide.
         """
@@ -89,14 +95,20 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower = "pretrained" if self.spec.models.base else "average_label"
-            self._score([self._candidate(lower, lower, split) for split in splits], references)
+            lower: dict[str, dict[str, Any]] = {"pretrained": {}}
+            if not self.spec.models.base:
+                lower["average_label"] = {"released": self.spec.evaluation.released_average}
+            others = [self._candidate(name, name, split, lower[name]) for name, split in product(lower, splits)]
+            self._score(others, references)
         return references
 
     def search(self, references: Mapping[str, References]) -> None:
-        """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
+        """Run the studies through Ray Tune, as far as the ledger does not answer for them.
+
+        Ctrl-C ends it after the trials that hosts have: :class:`SweepInterrupted`.
+        """
         studies: list[Study] = []
-        evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
+        evaluation, distance = self.spec.evaluation, 2 * self.pool.size
         # Pair by pair, for its candidates share what the hosts find out about its models.
         for pair, (name, whole) in product(self.spec.task_pairs, self.spec.studies.items()):
             spec = whole.model_copy(update={"parameters": _of_pair(whole.parameters, pair)})
@@ -107,9 +119,10 @@ class _Sweep:
             studies.append(Study(spec, template, tasks, reports, self.rows, distance, earlier))
         pairs = len(self.spec.task_pairs)
         totals = {name: spec.trials and spec.trials * pairs for name, spec in self.spec.studies.items()}
-        with self.progress.bars(totals) as update:
+        with self.progress.bars(totals) as update, interruption(self.progress.line) as ending:
             show = partial(_show_studies, studies, update)
-            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, self.spec.directory, show)
+            place = self.spec.directory
+            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, place, show, ending)
         self._share_rows(studies)
 
     def _share_rows(self, studies: Sequence[Study]) -> None:
@@ -157,14 +170,17 @@ class _Sweep:
     ) -> None:
         """Score and record the candidates that the ledger does not hold."""
         missing = list({item.identity: item for item in candidates if item.identity not in self.rows}.values())
-        for candidate, report, ask_artifacts in self.pool.score_all(missing, references, self._learn):
+        for candidate, report, artifacts in self.pool.score_all(missing, references, self._learn, keep_artifacts):
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
+                for note in sorted(set(report["notes"]) - self.warned):
+                    self.warned.add(note)
+                    self.progress.warn(f"{candidate.search}: {note}")
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
-                if keep_artifacts and (arrays := ray.get(ask_artifacts())):
-                    row["artifacts"] = [keep(self.ledger, candidate, arrays, self._learner(candidate))]
+                if artifacts:
+                    row["artifacts"] = [keep(self.ledger, candidate, artifacts, self._learner(candidate))]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 
@@ -257,8 +273,9 @@ def _fingerprints(
     }
     hashed_heads = fingerprint_of(head_parts)
     # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
-    later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
-    left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    later, usual = ("transductive", "learning_reports", "calibration_samples", "released_average"), EvaluationSpec()
+    left_out = {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    left_out |= {"batch_size", "trial_seconds"}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
     files = set().union(*(study.named_files() for study in spec.studies.values()))
     return Fingerprints(
@@ -282,6 +299,9 @@ def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, 
                 f"{results.location} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
                 "choose another name, or move that directory away"
             )
+    if spec.models.relatedness is not None:
+        distances = read_distances(spec.models.relatedness, spec.task_names)
+        results.write("relatedness.parquet", distances.to_parquet)
     as_run = yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
     for name, text in {"sweep.json": json.dumps(identity, indent=2), "sweep.yaml": as_run}.items():
         results.write(name, methodcaller("write", text.encode()))
@@ -293,15 +313,26 @@ def _rows_by_identity(directory: Path) -> Rows:
     if not any((directory / "trials").glob("*.parquet")):
         return {}
     records: list[Any] = read_rows(directory).to_dict("records")
+    # What is complete answers for what was cut short elsewhere, whichever the clock says was later.
+    records.sort(key=lambda row: ("failed", "pruned", "complete").index(row["status"]))
     return {row["identity"]: row for row in records}
 
 
 @contextmanager
 def _start_actors(
-    spec: SweepSpec, results: Results, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
+    spec: SweepSpec,
+    results: Results,
+    bank: ModelBank,
+    data: Mapping[str, Mapping[str, str]],
+    heads: Mapping[str, np.ndarray],
+    progress: Progress,
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
-    extras = spec.models.open_family().tower(bank.extras)
+    family = spec.models.open_family()
+    extras = family.tower(bank.extras)
+    splits = {split: {task: parts[task] for task in spec.task_names} for split, parts in data.items()}
+    if not family.has_base:
+        splits["train"] = {task: data["val"][f"{task}/train"] for task in spec.task_names}
     setup = HostSetup(
         models=spec.models,
         tasks=tuple(spec.tasks),
@@ -310,15 +341,19 @@ def _start_actors(
         bank_tasks=bank.tasks,
         fingerprint=bank.fingerprint,
         heads=heads,
-        cache=cache_directory(),
-        device="cpu",
-        threads=1,
+        data=splits,
+        files=_files_of(spec),
+        versions=versions(),
+        driver=ray.get_runtime_context().get_node_id(),
+        directory=Path.cwd(),
+        cache=cache_directory().absolute(),
         s3=spec.s3,
+        kept=spec.directory.resolve() / "learning",
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
     pool = HostPool.start(
-        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
+        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}, progress.warn
     )
     ledger = start_results_actor(results, f"{name}/results", spec.s3.environment())
     try:
@@ -328,3 +363,10 @@ def _start_actors(
     finally:
         pool.close()
         ray.kill(ledger)
+
+
+def _files_of(spec: SweepSpec) -> tuple[str, ...]:
+    """What hosts read besides the tasks' data: the architecture and what parameters name, where that is a file."""
+    parameters = [value for study in spec.studies.values() for value in study.parameters.values()]
+    names = {value for value in (spec.models.architecture, *parameters) if isinstance(value, str)}
+    return tuple(sorted(name for name in names if Path(name).expanduser().exists()))

@@ -31,9 +31,10 @@ from merge_ray.evaluate import Evaluator, TaskModel, UnlabeledSamples
 from merge_ray.families import Positions, Skeleton, TaskData
 from merge_ray.features import Extractor, open_extractor
 from merge_ray.methods import dict_fusion
-from merge_ray.methods.base import Learner, MergeCache, MergeInputs, make_method
+from merge_ray.methods.base import Learner, MergeInputs, make_method
 from merge_ray.methods.coding import NAMES, Codings, mapping_arrays, new_mapping, read_mapping
 from merge_ray.methods.dict_fusion import DictLearner, DictPredictor
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.per_sample import merge_into
 
 State = dict[str, Tensor]

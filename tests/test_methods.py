@@ -26,7 +26,6 @@ from merge_ray.errors import CheckpointError, ParameterError
 from merge_ray.merging import MergeResult
 from merge_ray.methods.base import (
     LearnedMethod,
-    MergeCache,
     Merged,
     MergeInputs,
     available_methods,
@@ -36,6 +35,7 @@ from merge_ray.methods.base import (
     param,
     parameter_fields,
 )
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.ties import ties_task_vector
 from merge_ray.space import Float
 
@@ -365,7 +365,8 @@ import gc, json, sys
 from pathlib import Path
 import numpy as np, torch
 from merge_ray.bank import Layout, ModelBank
-from merge_ray.methods.base import LearnedMethod, MergeCache, MergeInputs, available_methods, make_method
+from merge_ray.methods.base import LearnedMethod, MergeInputs, available_methods, make_method
+from merge_ray.methods.merge_cache import MergeCache
 from samples import make_unlabeled
 
 def resident(field):

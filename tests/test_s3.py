@@ -19,7 +19,7 @@ from s3_server import SECRETS, S3Server, s3_process, s3_server
 
 from merge_ray.checkpoints import find_beside, nothing, open_location, read_metadata, read_weights, s3, s3_files
 from merge_ray.checkpoints.adapters import is_adapter
-from merge_ray.checkpoints.s3 import S3Settings, client
+from merge_ray.checkpoints.s3 import S3Settings, client, find_object
 from merge_ray.errors import CheckpointError, MissingError
 from merge_ray.tasks.parquet_files import find_parts
 from merge_ray.tasks.text_sources import read_columns
@@ -201,6 +201,25 @@ def test_an_outage_is_sat_out_where_the_server_had_answered(bucket: S3Server, mo
     assert len(waits) == 8
     # The waits of all attempts, which the standard mode draws from 0 to min(2^n, 20) seconds.
     assert sum(min(2**n, 20) / 2 for n in range(s3.ATTEMPTS - 1)) > 100
+
+
+def test_many_parts_at_once_sit_out_an_outage(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they retry more often than boto3's quota of 500, at 5 a retry, would let one client."""
+    monkeypatch.setattr(s3_files, "PART", 150)
+    put("a.safetensors", weights(a=3))
+    found = find_object("models", "a.safetensors")
+    assert found is not None
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        bucket.down = len(waits) < 110
+        threading.Event().wait(0.1)  # so that all threads get their turn
+
+    monkeypatch.setattr("time.sleep", wait)
+    bucket.down = True
+    assert s3_files.fetch(found).read_bytes() == weights(a=3)
+    assert len(waits) >= 110
 
 
 def test_an_outage_without_end(bucket: S3Server) -> None:

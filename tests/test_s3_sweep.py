@@ -22,6 +22,7 @@ from merge_ray.families import find_family
 from merge_ray.leaderboard import read_rows
 from merge_ray.merging import merge
 from merge_ray.methods.adamerging import read_coefficients
+from merge_ray.methods.coding import Codings, read_mapping
 from merge_ray.methods.masking import MASK, read_masks
 from merge_ray.progress import Progress
 from merge_ray.relatedness import RelatednessSpec
@@ -95,7 +96,12 @@ def test_saved_parts_on_s3(bucket: S3Server, tmp_path: Path) -> None:
     save_file(rows, tmp_path / "coefficients.safetensors")
     (tmp_path / "coefficients.json").write_text('{"layers": ["a", "b"]}')
     save_file(rows, tmp_path / "alone.safetensors")
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    torch.save(network, tmp_path / "mapping.pt")
+    (tmp_path / "mapping.json").write_text('{"tasks": ["bees", "ants"]}')
     upload(tmp_path)
+    mapping = read_mapping("s3://world/mapping.pt", 4, "extractor", Codings(TASKS[:2], None))
+    assert torch.equal(mapping(torch.ones(4)), network(torch.ones(4)).flip(0))
     masks = read_masks("s3://world/masks.npz", masked.bank)
     assert all((masks[task] == masked.artifacts()[MASK + task]).all() for task in models)
     assert read_coefficients("s3://world/coefficients.safetensors")[1] == ("a", "b")

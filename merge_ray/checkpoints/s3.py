@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +24,11 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,
     ConnectTimeoutError,
     EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     ProfileNotFound,
     ReadTimeoutError,
@@ -115,13 +120,34 @@ def client(attempts: int | None = None) -> Any:
     Endpoint, region, profile and credentials are found as boto3 finds them (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``,
     ...); ``AWS_REGION`` counts too, and ``AWS_NO_SIGN_REQUEST=true`` means anonymous access. Threads may share it.
 
-    attempts: how often a request is made, where that is not to depend on whether the endpoint has answered yet.
+    attempts: how often a request is made, where that is not to depend on whether the endpoint has answered yet. Many
+    threads that sit out an outage want 1 and a loop of their own: boto3's quota of retries is one for the client.
     """
     with _lock:
         if attempts is not None:
             return _client(_environment(), attempts)
-        patient = _client(_environment(), ATTEMPTS)
-        return patient if patient.meta.endpoint_url in _answered else _client(_environment(), FIRST_ATTEMPTS)
+        patient = _client(_environment(), most_attempts())
+        if patient.meta.endpoint_url in _answered:
+            return patient
+        return _client(_environment(), min(FIRST_ATTEMPTS, most_attempts()))
+
+
+def most_attempts() -> int:
+    """How often a request is made that finds no answer, or that the server cannot take now."""
+    return int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may do better later: no answer, half an answer, a server's error, throttling."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or _code(error) in ("SlowDown", "RequestTimeout", "Throttling")
+    return isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError)
+
+
+def wait_before(attempt: int) -> None:
+    """Sleep before the ``attempt``-th retry, as boto3's standard mode does: 0 to 2^n seconds, at most 20."""
+    time.sleep(random.uniform(0, min(2 ** (attempt - 1), 20)))
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
@@ -137,7 +163,7 @@ def _session(environment: tuple[tuple[str, str], ...]) -> Any:
 def _client(environment: tuple[tuple[str, str], ...], attempts: int) -> Any:
     config = Config(
         signature_version=UNSIGNED if _is_anonymous() else None,
-        retries={"mode": "standard", "total_max_attempts": int(dict(environment).get("AWS_MAX_ATTEMPTS", attempts))},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
         max_pool_connections=CONNECTIONS,
@@ -173,11 +199,10 @@ def arrow_filesystem() -> Any:
             "secret_key": frozen.secret_key,
             "session_token": frozen.token,
         }
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
     return S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=READ_SECONDS,
-        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=attempts),
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=most_attempts()),
         **settings,
     )
 

@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from fnmatch import fnmatchcase
-from itertools import count
 from pathlib import Path, PurePosixPath
 
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from merge_ray.caches import cache_directory, write_once
 from merge_ray.checkpoints.s3 import (
@@ -30,16 +27,17 @@ from merge_ray.checkpoints.s3 import (
     client,
     explained,
     find_object,
+    is_transient,
     list_objects,
+    most_attempts,
     split_location,
+    wait_before,
 )
 from merge_ray.checkpoints.weight_files import SAFETENSORS, SHARD_INDEX, SMALL_FILES, read_weight_map, weight_files
 from merge_ray.errors import CheckpointError
 
 PART = 16 << 20
 CHUNK = 1 << 20
-BREAKS = 8
-"""A part whose transfer breaks off goes on where it was, at most so often; boto3 itself repeats only requests."""
 HEADER = 1 << 18
 GAP = 1 << 20
 """Tensors that lie closer together than this many bytes are fetched in one piece."""
@@ -164,25 +162,25 @@ def _download(found: S3Object, spans: Iterable[Span], path: Path) -> None:
 def _read(found: S3Object, start: int, end: int, write: Callable[[bytes, int], object]) -> None:
     """Give the bytes from ``start`` to ``end`` to ``write(bytes, position)``, piece by piece.
 
-    Raises what boto3 raises, and CheckpointError for an answer that is not the part that was asked for.
+    A transfer that breaks off goes on where it was; boto3's own retries are for whole requests. Raises what boto3
+    raises, and CheckpointError for an answer that is not the part that was asked for.
     """
-    for breaks in count(1):
-        span = f"bytes={start}-{end - 1}"
-        answer = client().get_object(Bucket=found.bucket, Key=found.key, IfMatch=found.etag, Range=span)
-        if answer.get("ContentRange") != f"bytes {start}-{end - 1}/{found.size}":
-            raise CheckpointError(f"{found}: the server does not answer with the part of the object that was asked for")
+    failures = 0
+    while start < end:
+        span, before = f"bytes={start}-{end - 1}", start
         try:
+            answer = client(attempts=1).get_object(Bucket=found.bucket, Key=found.key, IfMatch=found.etag, Range=span)
+            if answer.get("ContentRange") != f"bytes {start}-{end - 1}/{found.size}":
+                raise CheckpointError(f"{found}: the server does not answer with the part that was asked for")
             with closing(answer["Body"]) as body:
                 for piece in body.iter_chunks(CHUNK):
                     write(piece, start)
                     start += len(piece)
-            return
-        except BotoCoreError:
-            if breaks == BREAKS:
+        except (BotoCoreError, ClientError) as error:
+            failures = 1 if start > before else failures + 1
+            if not is_transient(error) or failures == most_attempts():
                 raise
-            if start == end:
-                return
-            time.sleep(random.uniform(0, min(2 ** (breaks - 2), 20)))
+            wait_before(failures)
 
 
 def _wanted_spans(found: S3Object, wanted: Wanted) -> list[Span] | None:

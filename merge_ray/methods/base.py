@@ -20,6 +20,7 @@ from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.errors import ParameterError, choose_from
 from merge_ray.matching import PermutationGroups
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.resources import Calibration, TaskModel, Unlabeled
 from merge_ray.space import PerTask, Space
 
@@ -54,6 +55,8 @@ class Merged(ABC):
     notes: tuple[str, ...] = ()
     keeps_own: bool = False
     """Whether tensors that a family leaves to each task are in the weights, task by task."""
+    as_published: bool = False
+    """Whether statistics of batch norm stay as they are in the weights, where a family makes them anew."""
 
     @abstractmethod
     def write(self, task: str, out: Tensor) -> None:
@@ -118,6 +121,11 @@ class WithOwnTensors(Merged):
     def artifacts(self) -> dict[str, np.ndarray]:
         """Those of the merge."""
         return self.merged.artifacts()
+
+
+def with_own_tensors(merged: Merged, bank: ModelBank, own: frozenset[str]) -> Merged:
+    """The merge, with every task's own of the tensors ``own`` that a family leaves to it."""
+    return merged if not own or merged.keeps_own else WithOwnTensors(merged, bank, own)
 
 
 class Predictor(Merged):
@@ -189,6 +197,11 @@ class MergeInputs:
         """Statistics of the models' activations on unlabelled samples."""
         return self._need("calibration")
 
+    @property
+    def columns(self) -> Mapping[str, np.ndarray] | None:
+        """Every group's matched columns, where this merge was made before and they are given."""
+        return self._resources.get("columns")
+
     def provide(self, **resources: Any) -> None:
         """Answer more of the method's needs."""
         self._resources.update(resources)
@@ -210,45 +223,13 @@ class MergeInputs:
             raise ParameterError(f"a value per task is given for {sorted(value)}; the tasks are {tasks}")
         return [float(value[task]) for task in self.bank.tasks]
 
-    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
         """``compute()``, or its result from an earlier candidate that shares this expensive part.
 
-        The result is read-only for the caller: the next candidate gets the same tensor.
+        The result is read-only for the caller: the next candidate gets the same tensor. keep: for small results that
+        take long; other hosts get them too, and a sweep that goes on. The ``key`` must then say all but the models.
         """
-        return self._cache.get((self.bank.tasks, key), compute)
-
-
-class MergeCache:
-    """The latest expensive results of one host, kept up to ``capacity`` bytes, oldest out first.
-
-    Results below :data:`SMALL` bytes (thresholds, choices made on validation data) do not count and stay.
-    """
-
-    SMALL = 1 << 20
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._results: dict[Hashable, Tensor] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """The result stored under ``key``, computed first if it is not there."""
-        if key in self._results:
-            self._results[key] = self._results.pop(key)
-            return self._results[key]
-        # Room is made before computing, so that the peak is one result over what stays.
-        self._shrink(self.capacity // 2)
-        result = compute()
-        self._results[key] = result
-        self._shrink(self.capacity)
-        return result
-
-    def _shrink(self, capacity: int) -> None:
-        large = {key: result.nbytes for key, result in self._results.items() if result.nbytes >= self.SMALL}
-        for key in list(large):
-            if sum(large.values()) <= capacity:
-                return
-            del large[key]
-            del self._results[key]
+        return self._cache.get((self.bank.tasks, key), compute, keep)
 
 
 @dataclasses.dataclass(frozen=True)

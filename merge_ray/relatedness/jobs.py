@@ -23,12 +23,13 @@ from merge_ray.bank import digest
 from merge_ray.candidate import fingerprint_of
 from merge_ray.checkpoints import fingerprint_file, read_weights, stream_safetensors, write_safetensors
 from merge_ray.errors import CheckpointError, SpecError
-from merge_ray.families import ImageEncoder, Preprocessing, find_family
+from merge_ray.families import Family, ImageEncoder, Preprocessing, find_family
 from merge_ray.progress import Progress
 from merge_ray.relatedness.correlation import correlate, find_reference
 from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import gradient_field
-from merge_ray.relatedness.samples import make_samples
+from merge_ray.relatedness.nearest import DISTANCES
+from merge_ray.relatedness.samples import SamplesSpec, make_samples
 from merge_ray.relatedness.spec import RelatednessSpec
 from merge_ray.tasks import cache_directory
 
@@ -172,10 +173,18 @@ def _relate(
     return found
 
 
+def read_images(location: str, family: Family, count: int) -> Tensor:
+    """``count`` images of a folder or glob as ``family`` takes them: uint8 ``[count, 3, S, S]``."""
+    return make_samples(SamplesSpec(files=location, count=count), _encoder(family).preprocessing, cache_directory())
+
+
 def _family(spec: RelatednessSpec) -> EncoderFamily:
-    family = find_family(spec.family, spec.architecture)
+    return _encoder(find_family(spec.family, spec.architecture))
+
+
+def _encoder(family: Family) -> EncoderFamily:
     if not isinstance(family, EncoderFamily):
-        raise SpecError(f"the family {spec.family!r} has no encoder of images")
+        raise SpecError(f"the family {family.name!r} has no encoder of images")
     return family
 
 
@@ -213,7 +222,7 @@ def _write(spec: RelatednessSpec, found: Relatedness) -> None:
     # Imported here: workers that compute fields have no use for matplotlib.
     from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 
-    _save(spec.directory / "distances.parquet", found.distances.reset_index())
+    _save(spec.directory / DISTANCES, found.distances.reset_index())
     (spec.directory / "correlation.parquet").unlink(missing_ok=True)
     if found.correlation is not None:
         _save(spec.directory / "correlation.parquet", found.correlation.reset_index())
