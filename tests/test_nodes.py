@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,11 +77,16 @@ def test_other_versions_are_named() -> None:
         check_versions({**versions(), "torch": "9.9"})
 
 
+def start_head() -> Cluster:
+    """A head without cores, in a folder of its own: other tests would find this cluster in the usual one."""
+    own = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    return Cluster(initialize_head=True, head_node_args={**own, "temp_dir": tempfile.mkdtemp(prefix="ray")})
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without cores and two workers of one core, each with an address and a small store of its own."""
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    """A head and two workers of one core, each with an address and a small store of its own."""
+    cluster = start_head()
     for index in (1, 2):
         add_worker(cluster, index)
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -217,8 +223,7 @@ def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
 ) -> None:
     spec = tiny.write_world(tmp_path, name="one", studies={"ties": {"searcher": "optuna", "trials": 6}})
     own = {f"worker-{index}": tmp_path / f"cache-{index}" for index in (1, 2)}
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_head()
     for index in (1, 2):
         add_worker(cluster, index, num_cpus=2, env_vars={"MERGE_RAY_CACHE": str(own[f"worker-{index}"])})
     shared: dict[str, list[bool]] = {}
