@@ -78,7 +78,8 @@ class MergeTrainable(tune.Trainable):
             return self._finish("complete", report)
         if done in self.cutoffs and report["objective"] < self.cutoffs[done]:
             return self._finish("pruned", report)
-        return {**_shown(report), "status": "running", "done": False}
+        shown = {name: report[name] for name in ("objective", "loss", "learned_steps") if name in report}
+        return {**shown, "status": "running", "done": False}
 
     def _learn(self) -> dict[str, Any]:
         """Learn one more part, and report the objective on the first shard."""
@@ -117,7 +118,7 @@ class MergeTrainable(tune.Trainable):
             "objective": math.nan,
             **_shown(report),
             "status": status,
-            "curve": self.curve,
+            "curve": tuple(self.curve),  # of a list, TensorBoard would get a histogram
             "seconds_total": seconds,
             "done": True,
         }
