@@ -39,7 +39,7 @@ from merge_ray.study import Study
 
 TASKS = [f"task_{index}" for index in range(8)]
 SHARDS = 4
-LEDGER_ROWS = 5000
+LEDGER_ROWS = 2000
 SAMPLE_EVERY = 5.0
 
 

@@ -78,7 +78,8 @@ class MergeTrainable(tune.Trainable):
             return self._finish("complete", report)
         if done in self.cutoffs and report["objective"] < self.cutoffs[done]:
             return self._finish("pruned", report)
-        shown = {name: report[name] for name in ("objective", "loss", "learned_steps") if name in report}
+        names = ("objective", "loss", "learned_steps")
+        shown: dict[str, Any] = {name: report[name] for name in names if name in report}
         return {**shown, "status": "running", "done": False}
 
     def _learn(self) -> dict[str, Any]:
