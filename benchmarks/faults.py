@@ -168,7 +168,7 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
             process.kill()
             found.hung += 1
         # Nothing of a command that ended may write any more when the next begins.
-        found.left += len(psutil.wait_procs(family, timeout=60)[1])
+        found.left += sum(map(_lives, psutil.wait_procs(family, timeout=60)[1]))
     if status != 0:
         found.output = (sweep.results / "output").read_text()[-2000:]
         return found
@@ -214,6 +214,14 @@ def _family(driver: int) -> list[psutil.Process]:
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process is more than an entry that its new parent, a container's first process say, has not read."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command_line(process: psutil.Process) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import tempfile
 import threading
 import time
@@ -39,7 +40,7 @@ from merge_ray.study import Study
 
 TASKS = [f"task_{index}" for index in range(8)]
 SHARDS = 4
-LEDGER_ROWS = 5000
+LEDGER_ROWS = 2000
 SAMPLE_EVERY = 5.0
 
 
@@ -48,21 +49,21 @@ class SleepingHosts:
     """All hosts in one process; a call takes its share of a candidate's seconds, and no processor time to speak of."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.begun, self.ended, self.busy = time.monotonic(), 0.0, 0.0
+        self.each = seconds
+        self.begun, self.ended, self.busy = math.inf, 0.0, 0.0
 
     async def score(self, candidate: Candidate, shard: int, *rest: Any) -> dict[str, Any]:
         """A report as a host makes it."""
         started = time.monotonic()
-        self.begun = min(self.begun, started) if self.busy else started
-        await asyncio.sleep(self.seconds / SHARDS)
+        self.begun = min(self.begun, started)
+        await asyncio.sleep(self.each / SHARDS)
         self.ended = time.monotonic()
         self.busy += self.ended - started
         return _report(-abs(candidate.parameters["scaling_coefficient"] - 0.3))
 
-    async def seconds_busy_and_passed(self) -> tuple[float, float]:
-        """What all hosts together were busy for, and the time from the first call to the last one's end."""
-        return self.busy, self.ended - self.begun
+    async def seconds(self) -> tuple[float, float, float]:
+        """What all hosts together were busy for, and when the first call began and the last one ended."""
+        return self.busy, self.begun, self.ended
 
 
 def _report(objective: float) -> dict[str, Any]:
@@ -125,16 +126,18 @@ def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None
         run_studies(
             [study], pool, ledger, {}, EvaluationSpec(shards=SHARDS), directory, lambda: None, threading.Event()
         )
-    busy, passed = ray.get(hosts.seconds_busy_and_passed.remote())
+    busy, begun, ended = ray.get(hosts.seconds.remote())
+    passed = ended - begun
     rows = len(list((directory / "trials").glob("*.parquet")))
     table.add_row("hosts busy", f"{busy / passed / arguments.hosts:.1%}", ">= 95 %")
     table.add_row("candidates/s", f"{arguments.candidates / passed:.1f}", "")
     table.add_row("rows", f"{rows}", f"{arguments.candidates}")
-    for name in samples[-1][1]:
-        used = (samples[-1][1][name] - samples[0][1].get(name, 0.0)) / (samples[-1][0] - samples[0][0])
-        table.add_row(f"cores used by {name}", f"{used:.2f}", "")
-    half = samples[len(samples) // 2][2]
-    grown = f"{half:.0f} -> {samples[-1][2]:.0f}"
+    searched = [sample for sample in samples if sample[0] >= begun]
+    (_, before, _), (_, after, memory) = searched[0], searched[-1]
+    for name, used in after.items():
+        each = 1000 * (used - before.get(name, 0.0)) / arguments.candidates
+        table.add_row(f"processor ms a candidate, {name}", f"{each:.1f}", "")
+    grown = f"{searched[len(searched) // 2][2]:.0f} -> {memory:.0f}"
     table.add_row("driver's memory, MB, half way and at the end", grown, "flat")
 
 

@@ -92,7 +92,9 @@ class MergeTrainable(tune.Trainable):
             return self._finish("complete", report)
         if done in self.cutoffs and report["objective"] < self.cutoffs[done]:
             return self._finish("pruned", report)
-        return {**_shown(report), "status": "running", "done": False}
+        names = ("objective", "loss", "learned_steps")
+        shown: dict[str, Any] = {name: report[name] for name in names if name in report}
+        return {**shown, "status": "running", "done": False}
 
     def _get(self, call: ray.ObjectRef) -> Any:
         """What a host answers, in the time that is left; one that does not is killed, and Ray starts it again."""
@@ -147,7 +149,7 @@ class MergeTrainable(tune.Trainable):
             "objective": math.nan,
             **_shown(report),
             "status": status,
-            "curve": self.curve,
+            "curve": tuple(self.curve),  # of a list, TensorBoard would get a histogram
             "seconds_total": seconds,
             "host_ended": self.host_ended,
             "done": True,

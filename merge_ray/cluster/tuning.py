@@ -26,6 +26,14 @@ from merge_ray.search import Outcome
 from merge_ray.spec import EvaluationSpec
 from merge_ray.study import Study, outcome_of
 
+TUNE_SETTINGS = {
+    # The ledger is the log; TensorBoard's is asked for.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The ledger is the state: that of all trials, written again and again, grows without bound.
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    # Where hosts are many, a trial's reports come together: each on its own is a call.
+    "TUNE_RESULT_BUFFER_LENGTH": "100",
+}
 MOST_TRIALS = 10_000
 """More than a cluster has hosts: what limits the trials is that each leases one."""
 MOST_ENDED = 10
@@ -172,7 +180,7 @@ def run_studies(
     :class:`merge_ray.errors.MergeRayError` when rows can no longer be written or no host is left, and
     :class:`merge_ray.errors.SweepInterrupted` when it was ended before it was done.
     """
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger is the log; TensorBoard's is asked for
+    os.environ |= TUNE_SETTINGS
     templates = {study.template.search: study.template for study in studies}
     trainable = tune.with_parameters(
         MergeTrainable,
