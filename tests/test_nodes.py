@@ -203,16 +203,6 @@ def setup(folder: Path, **changes: Any) -> HostSetup:
     return replace(told, **changes)
 
 
-def in_shared_memory(host: Any) -> bool:
-    """Whether a host's bank lies in Ray's store and is no copy."""
-    at = host.bank.task_vectors.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(text, 16) for text in line.split()[0].split("-"))
-        if start <= at < end:
-            return "plasma" in line
-    return False
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -226,6 +216,15 @@ def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
     join(cluster)
     shared: dict[str, list[bool]] = {}
     wait = HostPool.wait_until_ready
+
+    def in_shared_memory(host: Any) -> bool:
+        """Whether a host's bank lies in Ray's store and is no copy."""
+        at = host.bank.task_vectors.data_ptr()
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            start, end = (int(text, 16) for text in line.split()[0].split("-"))
+            if start <= at < end:
+                return "plasma" in line
+        return False
 
     def look(pool: HostPool) -> None:
         wait(pool)
