@@ -175,7 +175,7 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
     rows = rows_by_identity(small_disk)
     assert len(rows) == 20
     assert all(rows[identity]["time"] == row["time"] for identity, row in acknowledged.items())
-    assert not acknowledged.keys() & {candidate for candidate, _ in again.asked()}
+    assert not acknowledged.keys() & {candidate for candidate, _ in again.asked}
 
 
 def test_ctrl_c_asks_once_and_then_stops() -> None:
