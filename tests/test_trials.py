@@ -154,6 +154,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
     small_disk: Path, ray_cluster: dict[str, Any]
 ) -> None:
