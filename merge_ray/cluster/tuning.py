@@ -82,8 +82,11 @@ class SweepSearcher(Searcher):
         result = {} if error or not result else result
         lost = result.get("status") == "lost"
         self.losses[candidate.identity] += lost
-        outcome = outcome_of(result) if result and not lost else None
-        if not result:
+        if lost:
+            outcome = None
+        elif result:
+            outcome = outcome_of(result)
+        else:
             outcome = self._recorded(study, candidate)
         if outcome is None:
             self.again.append((study, candidate))
