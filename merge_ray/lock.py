@@ -20,9 +20,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from merge_ray.checkpoints.s3 import ATTEMPTS, FIRST_ATTEMPTS, client, explained
 from merge_ray.errors import CheckpointError, LedgerError
 from merge_ray.progress import Progress
+from merge_ray.s3 import ATTEMPTS, FIRST_ATTEMPTS, client, explained
 
 BEAT_SECONDS = 10.0
 """How often a holder renews its lock."""

@@ -21,10 +21,10 @@ from filelock import FileLock
 from pydantic import BeforeValidator
 
 from merge_ray.caches import cache_directory
-from merge_ray.checkpoints.s3 import ATTEMPTS, CONNECTIONS, S3Object, client, explained, list_objects, split_location
 from merge_ray.errors import CheckpointError, LedgerError
 from merge_ray.lock import BEAT_SECONDS, LEASE_SECONDS, check_lock, hold_lock
 from merge_ray.progress import Progress
+from merge_ray.s3 import ATTEMPTS, CONNECTIONS, S3Object, client, explained, list_objects, split_location
 
 FOLDERS = ("trials", "artifacts", "learning")
 """The folders that lie on S3; Ray Tune's own files stay on the driver's machine."""

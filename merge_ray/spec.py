@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
 from merge_ray.methods.base import check_parameter, find_method, parameter_fields
 from merge_ray.results import results_at
+from merge_ray.s3 import S3Settings
 from merge_ray.space import Choice, Float, Int, PerTask, Space
 from merge_ray.tasks import TaskSpec
 

@@ -13,8 +13,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import SpecError, choose_from
+from merge_ray.s3 import S3Settings
 from merge_ray.spec import SweepSpec
 from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from moto.server import ThreadedMotoServer
 
-from merge_ray.checkpoints import s3
+from merge_ray import s3
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKIDTESTONLY", "AWS_SECRET_ACCESS_KEY": "never-to-be-seen"}
 ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "merge_ray"
 ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
     "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "results", "lock",
-    "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "caches",
+    "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "s3", "caches",
     "progress", "space", "errors",
 ]  # fmt: skip
 
@@ -86,6 +87,12 @@ def test_imports_have_no_circles() -> None:
 def test_only_the_cluster_and_the_sweep_import_ray(module: str) -> None:
     uses_ray = any(name.split(".")[0] == "ray" for name in imported_modules(module))
     assert not uses_ray or room(module) in ("cluster", "sweep"), f"{module} imports ray"
+
+
+def test_processes_of_trials_and_of_the_ledger_start_without_torch() -> None:
+    # Hosts wait for them, and each would take three seconds and half a gigabyte more.
+    look = "import sys, merge_ray.cluster.ledger, merge_ray.cluster.trial; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look]).returncode == 0, "something that they import imports torch"
 
 
 def test_every_library_that_is_imported_is_declared() -> None:

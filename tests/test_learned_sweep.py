@@ -123,7 +123,7 @@ def mapped(world: Path, ray_cluster: dict[str, Any]) -> Path:
         "coefficients": {**ADAMERGING, "parameters": {"steps": 60, "batch_size": 4}},
         "by_task": {"method": "dawin", "parameters": {"level": "task"}, "searcher": "grid", "space": {}},
     }
-    return sweep(world, name="mapped", studies=studies, evaluation=REPORTED)
+    return sweep(world, name="mapped", studies=studies, evaluation=REPORTED, hosts={"count": 2})
 
 
 def scores(directory: Path) -> dict[tuple[str, str], Any]:
@@ -153,7 +153,7 @@ def alone(world: Path, mapped: Path, exported: Path) -> Path:
         "coefficients_alone": {**ADAMERGING, "parameters": {"coefficients": steps["coefficients"]}},
         "coefficients_short": {**ADAMERGING, "parameters": {"steps": 40, "batch_size": 4}},
     }
-    return sweep(world, name="alone", studies=studies, evaluation=REPORTED, hosts={"count": 1, "threads": 1})
+    return sweep(world, name="alone", studies=studies, evaluation=REPORTED)
 
 
 def arrays(path: Path) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def setup(folder: Path, **changes: Any) -> HostSetup:
 def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = tiny.write_world(tmp_path, name="many", studies={"ties": {"searcher": "optuna", "trials": 6}})
+    spec = tiny.write_world(tmp_path, name="many", studies={"ties": {"searcher": "optuna", "trials": 6}}, hosts=None)
     own = {f"worker-{index}": tmp_path / f"cache-{index}" for index in (1, 2)}
     for index in (1, 2):
         add_worker(cluster, index, num_cpus=2, env_vars={"MERGE_RAY_CACHE": str(own[f"worker-{index}"])})

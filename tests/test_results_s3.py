@@ -24,7 +24,8 @@ from s3_server import SECRETS, S3Server, s3_process, s3_server
 from test_cli import run
 from test_recovery import command, same_leaderboard
 
-from merge_ray.checkpoints import read_weights, s3
+from merge_ray import s3
+from merge_ray.checkpoints import read_weights
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import ResultsActor
 from merge_ray.errors import LedgerError, SpecError

@@ -17,10 +17,11 @@ import safetensors.torch
 import torch
 from s3_server import SECRETS, S3Server, s3_process, s3_server
 
-from merge_ray.checkpoints import find_beside, nothing, open_location, read_metadata, read_weights, s3, s3_files
+from merge_ray import s3
+from merge_ray.checkpoints import find_beside, nothing, open_location, read_metadata, read_weights, s3_files
 from merge_ray.checkpoints.adapters import is_adapter
-from merge_ray.checkpoints.s3 import S3Settings, client, find_object
 from merge_ray.errors import CheckpointError, MissingError
+from merge_ray.s3 import S3Settings, client, find_object
 from merge_ray.tasks.parquet_files import find_parts
 from merge_ray.tasks.text_sources import read_columns
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from s3_server import SECRETS, S3Server, s3_process, s3_server
 
-from merge_ray.checkpoints.s3 import client
 from merge_ray.errors import CheckpointError, DataError
+from merge_ray.s3 import client
 from merge_ray.tasks import TaskSpec, open_task, parquet_files, split_texts
 from merge_ray.tasks.parquet_files import find_parts
 

@@ -15,7 +15,6 @@ from tiny import TASKS, write_models, write_world
 from typer.testing import CliRunner
 
 from merge_ray.checkpoints import read_weights
-from merge_ray.checkpoints.s3 import client
 from merge_ray.cli import app
 from merge_ray.errors import CheckpointError, SpecError
 from merge_ray.families import find_family
@@ -26,6 +25,7 @@ from merge_ray.methods.coding import Codings, read_mapping
 from merge_ray.methods.masking import MASK, read_masks
 from merge_ray.progress import Progress
 from merge_ray.relatedness import RelatednessSpec
+from merge_ray.s3 import client
 from merge_ray.spec import SweepSpec
 from merge_ray.spec_files import load_spec, load_sweeps
 from merge_ray.sweep import run_sweep

@@ -53,7 +53,7 @@ def ledger_files(directory: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def finished(world: Path, ray_cluster: dict[str, Any]) -> Path:
-    return sweep(world)
+    return sweep(world, hosts={"count": 2})
 
 
 def test_a_sweep_leaves_a_row_for_every_candidate_and_a_confirmed_leaderboard(finished: Path) -> None:

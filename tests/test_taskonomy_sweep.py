@@ -53,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, Any
         "tasks": [{"name": task, "taskonomy": "builtin:rooms", **sizes} for task in TASKS],
         "pairs": "all",
         "evaluation": {"shards": 1, "batch_size": 16, "calibration_samples": 16},
+        "hosts": {"count": 1, "threads": 1},
         "search": {"searcher": "grid"},
         "studies": {"weight_average": {}, "mudsc": {"space": {"suffix": ["_act_useperm", "_act_iws_fs"]}}},
     }

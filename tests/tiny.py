@@ -83,6 +83,8 @@ def write_spec(folder: Path, **changes: Any) -> Path:
         "tasks": list(TASKS),
         "task_defaults": {"parquet": str(folder / "data" / "{task}" / "{split}.parquet")},
         "evaluation": {"batch_size": 16, "shards": 2},
+        # One host, for each takes ten seconds to start.
+        "hosts": {"count": 1, "threads": 1},
         "studies": {
             "task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3, 0.5]}},
             "ties": {"searcher": "optuna", "trials": 4},

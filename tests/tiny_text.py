@@ -104,6 +104,7 @@ def write_world(folder: Path, **changes: Any) -> Path:
         "tasks": list(TASKS),
         "task_defaults": {"parquet": str(folder / "data" / "{task}" / "{split}.parquet")},
         "evaluation": {"batch_size": 16, "shards": 2},
+        "hosts": {"count": 1, "threads": 1},
         "studies": {"task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.1, 0.3]}}},
         **changes,
     }

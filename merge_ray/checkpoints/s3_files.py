@@ -20,7 +20,9 @@ from pathlib import Path, PurePosixPath
 from botocore.exceptions import BotoCoreError, ClientError
 
 from merge_ray.caches import cache_directory, write_once
-from merge_ray.checkpoints.s3 import (
+from merge_ray.checkpoints.weight_files import SAFETENSORS, SHARD_INDEX, SMALL_FILES, read_weight_map, weight_files
+from merge_ray.errors import CheckpointError
+from merge_ray.s3 import (
     CONNECTIONS,
     S3Object,
     absent,
@@ -33,8 +35,6 @@ from merge_ray.checkpoints.s3 import (
     split_location,
     wait_before,
 )
-from merge_ray.checkpoints.weight_files import SAFETENSORS, SHARD_INDEX, SMALL_FILES, read_weight_map, weight_files
-from merge_ray.errors import CheckpointError
 
 PART = 16 << 20
 CHUNK = 1 << 20

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from merge_ray.checkpoints.s3 import client, explained, split_location
+from merge_ray.s3 import client, explained, split_location
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
-from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.nodes import check_versions
 from merge_ray.errors import DataError
@@ -28,6 +27,7 @@ from merge_ray.matching import PermutationGroups
 from merge_ray.methods.base import LearnedMethod, Learner, Merged, MergeInputs, Method, with_own_tensors
 from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.models import open_task_data
+from merge_ray.s3 import S3Settings
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
 from merge_ray.tasks import TaskSpec, cache_directory, open_task

@@ -104,7 +104,7 @@ def start_results_actor(
 ) -> Any:
     """A :class:`ResultsActor` on the driver's own node, where the results directory, or its copy, is.
 
-    environment: variables for its process, such as those of :class:`merge_ray.checkpoints.s3.S3Settings`.
+    environment: variables for its process, such as those of :class:`merge_ray.s3.S3Settings`.
     """
     opened = open_results(results)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.families import find_family
 from merge_ray.results import LocalDirectory
+from merge_ray.s3 import S3Settings
 from merge_ray.tasks import TaskSpec
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import networkx
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from merge_ray.errors import ParameterError
@@ -47,6 +46,9 @@ def assign(similarity: np.ndarray, groups: int = 1) -> tuple[np.ndarray, float]:
     With groups, every pair of groups is assigned within, and the groups by the means of that.
     """
     if groups == 1:
+        # Imported here: every host would wait a second for it, and few match anything.
+        from scipy.optimize import linear_sum_assignment
+
         rows, columns = linear_sum_assignment(similarity, maximize=True)
         return columns, float(similarity[rows, columns].mean(dtype=np.float64))
     size = len(similarity) // groups

@@ -9,13 +9,13 @@ from typing import Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.families import find_family
 from merge_ray.relatedness.correlation import find_reference
 from merge_ray.relatedness.distances import Distance, Steps
 from merge_ray.relatedness.fields import FieldSpec
 from merge_ray.relatedness.samples import SamplesSpec
 from merge_ray.results import LocalDirectory
+from merge_ray.s3 import S3Settings
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

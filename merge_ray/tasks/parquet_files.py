@@ -19,7 +19,7 @@ from merge_ray.errors import DataError
 from merge_ray.tasks.source import SPLIT_WORDS, UNDIVIDED, Split, stamp_files
 
 if TYPE_CHECKING:  # importing it takes seconds, and only what is far away needs it
-    from merge_ray.checkpoints.s3 import S3Object
+    from merge_ray.s3 import S3Object
 
 ParquetFile: TypeAlias = "Path | S3Object"
 BUFFER = 8 << 20
@@ -66,7 +66,7 @@ def _divide(files: Sequence[ParquetFile]) -> dict[str, Sequence[ParquetFile]]:
 def _find_files(place: str) -> Sequence[ParquetFile]:
     files = _match(place)
     if not files and place.startswith("s3://") and not glob.has_magic(place):
-        from merge_ray.checkpoints.s3 import absent, split_location
+        from merge_ray.s3 import absent, split_location
 
         raise DataError(f"no Parquet file at {absent(*split_location(place))}")
     if not files:
@@ -87,7 +87,7 @@ def _match(place: str) -> Sequence[ParquetFile]:
 
 
 def _match_s3(place: str) -> Sequence[ParquetFile]:
-    from merge_ray.checkpoints.s3 import find_object, list_objects, split_location
+    from merge_ray.s3 import find_object, list_objects, split_location
 
     bucket, key = split_location(place)
     if not glob.has_magic(key):
@@ -131,7 +131,7 @@ def open_parquet(file: ParquetFile) -> pq.ParquetFile:
     with _explained(file):
         if isinstance(file, Path):
             return pq.ParquetFile(file)
-        from merge_ray.checkpoints.s3 import arrow_filesystem
+        from merge_ray.s3 import arrow_filesystem
 
         return pq.ParquetFile(f"{file.bucket}/{file.key}", filesystem=arrow_filesystem(), buffer_size=BUFFER)
 
@@ -159,7 +159,7 @@ def _explained(file: ParquetFile) -> Iterator[None]:
 
 
 def _raise_if_changed(file: S3Object) -> None:
-    from merge_ray.checkpoints.s3 import find_object
+    from merge_ray.s3 import find_object
 
     if find_object(file.bucket, file.key) != file:
         raise DataError(f"{file} changed while it was being read; run again once nothing writes to it")
