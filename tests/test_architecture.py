@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "merge_ray"
 ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
     "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "results", "lock",
-    "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "s3", "caches",
-    "progress", "space", "errors",
+    "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints",
+    "s3", "caches", "progress", "space", "errors",
 ]  # fmt: skip
 
 # Libraries whose import has another name than their distribution.
