@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from merge_ray.methods.base import Merged, MergeInputs, Method, SharedWeights, register
 
 
-@register("pretrained", paper="the base model, a reference")
+@register("pretrained", paper="the base model, a reference", by_columns=True)
 @dataclass(frozen=True)
 class Pretrained(Method):
     """``theta_0`` for every task."""
