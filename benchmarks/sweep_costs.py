@@ -138,7 +138,7 @@ def second_host(spec: SweepSpec, progress: Progress) -> float:
     extras = {name: tensor.numpy() for name, tensor in spec.models.open_family().tower(small.extras).items()}
 
     def private(setup: HostSetup, arrays: dict[str, np.ndarray]) -> float:
-        pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, arrays, extras)
+        pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, [arrays], extras)
         used = psutil.Process(pool.wait_until_ready()[1]).memory_full_info().uss
         pool.close()
         time.sleep(2)

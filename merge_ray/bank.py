@@ -2,9 +2,9 @@
 
 A *layout* says where each mergeable tensor lies in a flat vector of length ``P``: the floating-point tensors,
 raveled in C order, in the sorted order of their names. A *bank* holds the base model ``[P]`` and the task
-vectors ``[T, P]`` (fine-tuned minus base) over it, once; or a slice of their columns, where a group of hosts shares them.
-Models of which every tensor is bfloat16 or float16 are held as such; their task vectors are made in float32 where they are
-read (:class:`merge_ray.kernels.DerivedTaskVectors`), to the same bits as if they had been held.
+vectors ``[T, P]`` (fine-tuned minus base) over it, once; or a slice of the columns, where a group of hosts shares them.
+Models of which every tensor is bfloat16 or float16 are held as such; their task vectors are made in float32 where they
+are read (:class:`merge_ray.kernels.DerivedTaskVectors`), to the same bits as if they had been held.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merge_ray.errors import CheckpointError
 from merge_ray import kernels
+from merge_ray.errors import CheckpointError
 from merge_ray.kernels import DerivedTaskVectors, TaskVectors
 
 StateDict = Mapping[str, Tensor]
@@ -120,7 +121,7 @@ class ModelBank:
 
     layout: Layout
     base: Tensor
-    task_vectors: TaskVectors
+    task_vectors: Any  # kernels' TaskVectors: a tensor unless the models are held in 16 bits, which callers know
     tasks: tuple[str, ...]
     extras: dict[str, Tensor]
     fingerprint: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer
 
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
@@ -44,6 +44,8 @@ class ModelsSpec(Strict):
     finetuned: str | dict[str, str]
     heads: str | dict[str, str] | None = None
     """Saved classification heads; without them zero-shot heads come from the base's text tower."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the models are held in; another than their own rounds each weight once. ``auto`` rounds none."""
 
     @pydantic.model_validator(mode="after")
     def _family_exists(self) -> ModelsSpec:
@@ -224,6 +226,9 @@ class HostsSpec(Strict):
     count: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_memory: ByteSize | None = Field(None, gt=0)
+    """As much of a device's memory is used at most (``8GB``); all of a GPU's otherwise. Where all models and what goes
+    with them are more, groups of hosts share them in slices."""
 
 
 class SweepSpec(Strict):

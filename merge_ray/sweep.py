@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.machines import plan_sweep
+from merge_ray.cluster.plan import Plan
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
@@ -33,7 +35,7 @@ from merge_ray.evaluate import References
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
-from merge_ray.models import load_bank, make_heads
+from merge_ray.models import load_bank, make_heads, read_base
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
 from merge_ray.spec import EvaluationSpec, SweepSpec
@@ -49,19 +51,23 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     The ledger in that directory answers for all that it already holds, so the same call after any
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
-    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
-    before Ray starts where that can be known.
+    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory, and where the
+    models do not fit the cluster's memory, before they are loaded.
     """
     with _own_directory(spec.directory):
-        bank, base = load_bank(spec.models, spec.task_names, progress)
+        base = read_base(spec.models)
         data, heads = _prepare_data(spec, base, progress)
-        fingerprints = _fingerprints(spec, bank, data, heads)
-        rows = _open_ledger(spec, fingerprints, retry_failed)
-        with ray_session(progress), _start_actors(spec, bank, heads, progress) as (pool, ledger):
-            sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
-            references = sweep.score_references()
-            sweep.search(references)
-            sweep.confirm(references)
+        with ray_session(progress):
+            plan = plan_sweep(spec, base, ("finetuned", _lower_reference(spec)))
+            progress.line(plan.text)
+            bank, _ = load_bank(spec.models, spec.task_names, progress)
+            fingerprints = _fingerprints(spec, bank, data, heads)
+            rows = _open_ledger(spec, fingerprints, plan, retry_failed)
+            with _start_actors(spec, bank, plan, heads, progress) as (pool, ledger):
+                sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
+                references = sweep.score_references()
+                sweep.search(references)
+                sweep.confirm(references)
         with progress.step("leaderboard and report"):
             write_leaderboard(spec.directory, spec.evaluation.objective)
             write_report(spec.directory)
@@ -87,7 +93,7 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower = "pretrained" if self.spec.models.base else "average_label"
+            lower = _lower_reference(self.spec)
             self._score([self._candidate(lower, lower, split) for split in splits], references)
         return references
 
@@ -184,6 +190,11 @@ class _Sweep:
     ) -> Candidate:
         made = make_method(method, parameters or {})
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
+
+
+def _lower_reference(spec: SweepSpec) -> str:
+    """The method that every merge should beat."""
+    return "pretrained" if spec.models.base else "average_label"
 
 
 def _domains(score: Mapping[str, Any]) -> dict[str, float]:
@@ -284,7 +295,7 @@ def _fingerprints(
     )
 
 
-def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
+def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, plan: Plan, retry_failed: bool) -> Rows:
     """The rows that this sweep already has; raises :class:`LedgerError` if they belong to another sweep."""
     directory = spec.directory
     identity = {"bank": fingerprints.bank, "data": dict(fingerprints.data), "protocol": fingerprints.protocol}
@@ -297,7 +308,7 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, retry_failed: bool
                 f"{directory} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
                 "choose another name, or move that directory away"
             )
-    described.write_text(json.dumps(identity, indent=2))
+    described.write_text(json.dumps({**identity, "plan": plan.about()}, indent=2))
     (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}
@@ -312,7 +323,7 @@ def _rows_by_identity(directory: Path) -> Rows:
 
 @contextmanager
 def _start_actors(
-    spec: SweepSpec, bank: ModelBank, heads: Mapping[str, np.ndarray], progress: Progress
+    spec: SweepSpec, bank: ModelBank, plan: Plan, heads: Mapping[str, np.ndarray], progress: Progress
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
     extras = spec.models.open_family().tower(bank.extras)
@@ -327,12 +338,12 @@ def _start_actors(
         cache=cache_directory(),
         device="cpu",
         threads=1,
+        ends=plan.ends(bank.layout.size),
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
-    pool = HostPool.start(
-        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}
-    )
+    slices = [bank.arrays(slice(start, stop)) for start, stop in pairwise(setup.ends)]
+    pool = HostPool.start(name, spec.hosts, setup, slices, {name: tensor.numpy() for name, tensor in extras.items()})
     ledger = start_results_actor(spec.directory, f"{name}/results")
     try:
         with progress.step("load the models into the hosts"):

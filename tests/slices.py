@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -50,7 +51,7 @@ class ThreadGroup:
 def cut(bank: ModelBank, ends: Sequence[int]) -> list[ModelBank]:
     """The slices of a bank between ``ends``, as hosts hold them."""
     parts = []
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         arrays = {name: np.ascontiguousarray(array) for name, array in bank.arrays(slice(start, stop)).items()}
         parts.append(ModelBank.from_arrays(arrays, bank.layout, bank.tasks, bank.extras, bank.fingerprint, start))
     return parts

@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,24 @@ import numpy as np
 import ray
 import torch
 
+from merge_ray import kernels
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.cluster.group import GatheredWeights, Group, Member, SliceSetup, take_slices
 from merge_ray.cluster.learned import Learned
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import LearnedMethod, Learner, MergeCache, Merged, MergeInputs, Method, WithOwnTensors
+from merge_ray.methods.base import (
+    LearnedMethod,
+    Learner,
+    MergeCache,
+    Merged,
+    MergeInputs,
+    Method,
+    SharedWeights,
+    with_own_tensors,
+)
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
 from merge_ray.tasks import TaskSpec, open_task
@@ -30,7 +42,10 @@ from merge_ray.tasks import TaskSpec, open_task
 
 @dataclass(frozen=True)
 class HostSetup:
-    """What a host is told once: all but the bank's arrays, which it maps from shared memory."""
+    """What a host is told once: all but the bank's arrays, which it maps from shared memory.
+
+    ends: where the slices of the bank start and end ``[G + 1]``, where ``G`` hosts share it.
+    """
 
     models: ModelsSpec
     tasks: tuple[TaskSpec, ...]
@@ -42,20 +57,22 @@ class HostSetup:
     cache: Path
     device: str
     threads: int
+    ends: tuple[int, ...] = ()
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
 class ModelHost:
-    """Merges and scores on one device.
+    """Merges and scores on one device; or is the first host of a group that shares the bank.
 
     Calls carry all that they need: a host that died and was restarted by Ray takes the same call again,
     merges again and goes on.
     """
 
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
-        """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
+        """``shared`` refers to the arrays of the bank's slices and to the tensors that are not merged, by name."""
         torch.set_num_threads(setup.threads)
-        arrays, extras = ray.get(list(shared))
+        *slices, last = shared
+        arrays, extras = ray.get([slices[0], last])
         self.setup = setup
         self.device = torch.device(setup.device)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in extras.items()}
@@ -63,6 +80,10 @@ class ModelHost:
         if self.device.type != "cpu":
             self.bank = self.bank.to(self.device)
         family = find_family(setup.models.family, setup.models.architecture)
+        self.group: Group | None = None
+        if len(slices) > 1:
+            common = (setup.layout, setup.bank_tasks, setup.fingerprint, family.own_tensors)
+            self.group = Group(SliceSetup(*common, setup.device, setup.threads), slices, setup.ends)
         self.evaluator = Evaluator(
             family.skeleton(self.bank, self.device),
             {split: self._load(family, split) for split in ("val", "test")},
@@ -73,7 +94,7 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(self.bank.base.nbytes)
+        self.cache = MergeCache(len(self.bank.base) * self.evaluator.skeleton.flat.element_size())
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
@@ -165,17 +186,15 @@ class ModelHost:
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
-        merged = self._with_own_tensors(make())
+        with self.group.merging() if self.group else nullcontext():
+            merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
+        if self.group:
+            merged = GatheredWeights(merged, self.bank, self.group)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
         self.merged, self.shards = merged, []
         return merged
-
-    def _with_own_tensors(self, merged: Merged) -> Merged:
-        """The merge, with every task's own of the tensors that the family leaves to it."""
-        own = self.family.own_tensors
-        return merged if not own or merged.keeps_own else WithOwnTensors(merged, self.inputs.bank, own)
 
     def _learner(self, candidate: Candidate, learned: Learned) -> Learner:
         """The candidate's learner where ``learned`` left off: the last one if it stands there."""
@@ -201,21 +220,34 @@ class ModelHost:
         # What a method may see is validation data, also of a candidate that is scored on the test split.
         self.seen = candidate.split if self.setup.evaluation.transductive else "val"
         self.asked = self.evaluator.of(candidate.pair) if candidate.pair else self.evaluator
+        member = self.group.begin(candidate) if self.group else None
         self.inputs = MergeInputs(
             self.bank.of(candidate.pair) if candidate.pair else self.bank,
             seed=candidate.seed,
-            out=self.evaluator.skeleton.flat,
+            out=self.evaluator.skeleton.flat[self.bank.columns],
             cache=self.cache,
             resources={
-                "validation": self.asked.score,
+                "validation": partial(self._validate, member) if member else self.asked.score,
                 "unlabeled": UnlabeledSamples(self.asked.models[self.seen]),
             },
             needs=method.needs,
+            total=member.total if member else kernels.alone,
         )
         if method.needs & {"permutation_groups", "calibration"}:
             self.inputs.provide(**self._matching(candidate.pair))
         self.candidate = candidate.identity
         return method
+
+    def _validate(self, member: Member, merged: Merged, task: str) -> float:
+        """:meth:`Evaluator.score` of what the group has merged, told to all of its hosts."""
+        assert self.group is not None
+        flat = self.evaluator.skeleton.flat
+        part = flat[self.bank.columns]
+        merged.write(task, part)
+        slices = self.group.ask(member.gather(part)[1:])
+        take_slices(flat, self.group.columns, slices)
+        score = self.asked.score(SharedWeights(merged.resolved, self.bank, flat), task)
+        return float(member.total(np.array(score)))
 
     def _matching(self, pair: tuple[str, ...]) -> dict[str, Any]:
         """What methods that match channels need: the groups of channels, and statistics of a pair's activations.

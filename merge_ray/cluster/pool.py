@@ -40,30 +40,23 @@ class HostPool:
         name: str,
         wanted: HostsSpec,
         setup: HostSetup,
-        arrays: Mapping[str, np.ndarray],
+        slices: Sequence[Mapping[str, np.ndarray]],
         extras: Mapping[str, np.ndarray],
     ) -> HostPool:
-        """Start one host a GPU, or hosts that share the CPU cores; the bank goes to shared memory once."""
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        device = ("cuda" if gpus else "cpu") if wanted.device == "auto" else wanted.device
-        slots = gpus if device == "cuda" else cpus
-        if slots == 0:
-            raise MergeRayError(
-                f"hosts.device: {wanted.device!r} is asked for, but the cluster has {gpus} GPUs and {cpus} CPUs"
-            )
-        count = wanted.count or (gpus if device == "cuda" else min(cpus, MOST_CPU_HOSTS))
-        threads = wanted.threads or max(1, cpus // count)
-        needed = count if device == "cuda" else count * threads
-        if needed > slots:
-            what = "GPUs" if device == "cuda" else "CPU cores"
-            raise MergeRayError(f"hosts: {count} hosts need {needed} {what}; the cluster has {slots}")
-        shared = [ray.put(dict(arrays)), ray.put(dict(extras))]
+        """Start one host a GPU, or hosts that share the CPU cores; the bank goes to shared memory once.
+
+        Where the bank is in several slices, so many hosts are a group, of which the pool has the first.
+        """
+        device, count, threads = share_cluster(wanted)
+        shared = [ray.put(dict(arrays)) for arrays in (*slices, extras)]
         share: dict[str, float] = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": threads}
         setup = replace(setup, device=device, threads=threads)
         make = ModelHost.options  # type: ignore[attr-defined]
         with _quiet_native_stderr():
-            hosts = [make(name=f"{name}/host-{index}", **share).remote(setup, shared) for index in range(count)]
+            hosts = [
+                make(name=f"{name}/host-{index}", **share).remote(setup, shared)
+                for index in range(count // len(slices))
+            ]
         return cls(hosts, shared)
 
     def wait_until_ready(self) -> list[int]:
@@ -129,6 +122,28 @@ class HostPool:
             finally:
                 for index in leased:
                     self.release(index)
+
+
+def share_cluster(wanted: HostsSpec) -> tuple[str, int, int]:
+    """The device of the hosts, their number, and the threads of each.
+
+    Raises :class:`MergeRayError` with what is asked for and what there is, where that is too little.
+    """
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    device = ("cuda" if gpus else "cpu") if wanted.device == "auto" else wanted.device
+    slots = gpus if device == "cuda" else cpus
+    if slots == 0:
+        raise MergeRayError(
+            f"hosts.device: {wanted.device!r} is asked for, but the cluster has {gpus} GPUs and {cpus} CPUs"
+        )
+    count = wanted.count or (gpus if device == "cuda" else min(cpus, MOST_CPU_HOSTS))
+    threads = wanted.threads or max(1, cpus // count)
+    needed = count if device == "cuda" else count * threads
+    if needed > slots:
+        what = "GPUs" if device == "cuda" else "CPU cores"
+        raise MergeRayError(f"hosts: {count} hosts need {needed} {what}; the cluster has {slots}")
+    return device, count, threads
 
 
 @contextmanager

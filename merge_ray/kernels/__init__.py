@@ -1,15 +1,16 @@
 """The one-pass flat operations of merging: weighted sums, trimming, sign election, masks.
 
 All work on float32 vectors over one layout: task vectors ``[T, P]`` with contiguous rows, everything else ``[P]``. Task
-vectors may also be :class:`DerivedTaskVectors`, and the base in 16 bits: they become float32 a slab of columns at a time.
+vectors may also be :class:`DerivedTaskVectors`, and the base in 16 bits: these become float32 a slab of columns at a
+time.
 On a CPU they are compiled loops over blocks that fit the cache, on ``torch.get_num_threads()`` threads
 (:mod:`merge_ray.kernels.cpu`); elsewhere torch operations over chunks of columns
 (:mod:`merge_ray.kernels.chunked`). Results do not depend on the number of threads. Sums run in the order of the
 tasks. Nothing as large as ``[T, P]`` is allocated, except by the functions that return it.
 
 All columns may be spread over the hosts of a group, each of which calls with its slice of them, cut at a multiple of
-:data:`SLICE_STEP`, and gets its slice of the result. What depends on other columns is agreed on through ``total``, which
-every host calls with the same kinds of array in the same order.
+:data:`SLICE_STEP`, and gets its slice of the result. What depends on other columns is agreed on through ``total``,
+which every host calls with the same kinds of array in the same order.
 
 A trim may have one threshold per task (``bounds=None``) or one per task and tensor (``bounds`` of the layout,
 int64 ``[S + 1]``); thresholds are ``[T, S]`` with ``S = 1`` in the first case.
@@ -33,7 +34,8 @@ from merge_ray.kernels.threads import BLOCK
 __all__ = [
     "SLICE_STEP", "DerivedTaskVectors", "Election", "MaskRule", "TaskVectors", "Total", "alone", "apply_bits",
     "apply_masks", "consensus_bits", "disjoint_merge", "elect_sign", "layer_dots", "layer_sum", "mask_bits",
-    "packed_size", "select_elected", "slabs", "threshold_rank", "trim", "trim_thresholds", "unpack", "vector", "weighted_sum",
+    "packed_size", "select_elected", "slabs", "threshold_rank", "trim", "trim_thresholds", "unpack", "vector",
+    "weighted_sum",
 ]  # fmt: skip
 
 MaskRule = Literal["tall", "magnitude"]

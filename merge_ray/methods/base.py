@@ -118,6 +118,11 @@ class WithOwnTensors(Merged):
         return self.merged.artifacts()
 
 
+def with_own_tensors(merged: Merged, bank: ModelBank, own: frozenset[str]) -> Merged:
+    """The merge, with every task's own of the tensors ``own`` where it has not kept them itself."""
+    return merged if not own or merged.keeps_own else WithOwnTensors(merged, bank, own)
+
+
 class Predictor(Merged):
     """The answer of a method whose weights depend on the sample: it answers the samples itself."""
 

@@ -1,0 +1,165 @@
+"""A sweep whose models are shared by a group of hosts, against the same with all models on every host."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+
+from merge_ray.bank import Layout
+from merge_ray.cluster.plan import Needs
+from merge_ray.errors import MergeRayError
+from merge_ray.export import export_merge
+from merge_ray.leaderboard import rank, read_rows
+from merge_ray.models import load_bank, read_base, read_layout
+from merge_ray.progress import Progress
+from merge_ray.spec import SweepSpec
+from merge_ray.spec_files import load_sweeps
+from merge_ray.sweep import run_sweep
+
+pytestmark = pytest.mark.ray
+
+STUDIES = {
+    "weight_average": {},
+    "task_arithmetic": {"searcher": "grid", "space": {"scaling_coefficient": [0.2, 0.5]}},
+    "ties": {"searcher": "grid", "space": {"density": [0.2, 0.7], "trim": ["model", "tensor"]}},
+    "magnitude_mask": {"searcher": "grid", "space": {"density": [0.3]}},
+    "tall_mask": {"parameters": {"mask_lambdas": [0.2, 0.5]}, "space": {"multi_task_vector": ["ties"]}},
+    "consensus": {"searcher": "grid", "space": {"min_tasks": [1, 2]}, "parameters": {"mask_lambdas": [0.2, 0.5]}},
+}
+SCORED = ["objective", "curve", "resolved", "storage_bytes", "samples", "status"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_world(folder)
+    return folder
+
+
+def load(folder: Path, **changes: Any) -> SweepSpec:
+    [spec] = load_sweeps(tiny.write_spec(folder, **{"studies": STUDIES, **changes}))
+    return spec
+
+
+def needs(spec: SweepSpec, layout: Layout, itemsize: int = 4) -> Needs:
+    activations = spec.models.open_family().activation_bytes(spec.evaluation.batch_size)
+    return Needs(len(spec.tasks), layout.size, itemsize, activations, 0, on_cpu=True)
+
+
+def limited(world: Path, itemsize: int = 4) -> int:
+    """As much device memory as is a byte too little for all models."""
+    spec = load(world)
+    return needs(spec, read_layout(spec.models, spec.task_names, read_base(spec.models)), itemsize).device(1) - 1
+
+
+@pytest.fixture(scope="module")
+def replicated(world: Path, ray_cluster: dict[str, Any]) -> Path:
+    return run_sweep(load(world, name="replicated"), Progress())
+
+
+def same_sweep(one: Path, other: Path) -> None:
+    """The same leaderboards, and the same scores of every candidate, sample by sample."""
+    tables = [rank(read_rows(directory)).drop(columns=["seconds"]) for directory in (one, other)]
+    for column in ("study", "parameters", "identity", "score", "mean"):
+        assert tables[0][column].tolist() == tables[1][column].tolist(), column
+    first, second = (
+        {(row["identity"], row["study"]): row for row in read_rows(directory).to_dict("records")}
+        for directory in (one, other)
+    )
+    assert first.keys() == second.keys()
+    for key, row in first.items():
+        for column in SCORED:
+            assert np.array_equal(row[column], second[key][column]), (row["study"], column)
+        assert [score["correct"] for score in row["tasks"]] == [score["correct"] for score in second[key]["tasks"]]
+        for mine, kept in zip(row["artifacts"], second[key]["artifacts"], strict=True):
+            with np.load(one / mine) as masks, np.load(other / kept) as masks_in_slices:
+                assert masks.files == masks_in_slices.files
+                assert all(np.array_equal(masks[name], masks_in_slices[name]) for name in masks.files)
+
+
+def test_shared_models_give_the_same_sweep(world: Path, replicated: Path) -> None:
+    assert json.loads((replicated / "sweep.json").read_text())["plan"]["slices"] == 1
+    shared = run_sweep(load(world, name="shared", hosts={"device_memory": limited(world)}), Progress())
+    plan = json.loads((shared / "sweep.json").read_text())["plan"]
+    assert plan["slices"] == plan["hosts"] == 2
+    assert "1 group of 2 hosts that share the models" in plan["because"]
+    same_sweep(replicated, shared)
+
+
+def test_models_in_16_bits_are_shared_and_exported_too(
+    world: Path, ray_cluster: dict[str, Any], tmp_path: Path
+) -> None:
+    models = {**load(world).models.model_dump(exclude_none=True), "dtype": "bfloat16"}
+    studies = {"ties": {"searcher": "grid", "space": {"density": [0.2]}}}
+    spec = load(world, name="half", models=models, studies=studies, hosts={"device_memory": limited(world, 2)})
+    directory = run_sweep(spec, Progress())
+    assert json.loads((directory / "sweep.json").read_text())["plan"]["slices"] == 2
+    bank, _ = load_bank(spec.models, spec.task_names, Progress())
+    assert bank.base.dtype == torch.bfloat16
+    whole = run_sweep(load(world, name="half_whole", models=models, studies=studies), Progress())
+    same_sweep(whole, directory)
+    assert export_merge(directory, "ties", tmp_path, "safetensors", Progress())
+
+
+def test_what_cannot_be_shared_is_said_before_anything_is_loaded(world: Path, ray_cluster: dict[str, Any]) -> None:
+    hosts = {"device_memory": limited(world)}
+    with pytest.raises(MergeRayError, match=r"but adamerging, dawin cannot merge slices"):
+        run_sweep(
+            load(world, name="learned", studies={"adamerging": {}, "dawin": {}, "ties": {}}, hosts=hosts), Progress()
+        )
+    with pytest.raises(MergeRayError, match=r"shared in slices they need 2 devices, and 1 are used here"):
+        run_sweep(load(world, name="alone", hosts={**hosts, "count": 1}), Progress())
+    assert not (world / "results" / "alone" / "sweep.json").exists()
+
+
+def test_a_candidate_that_fails_leaves_no_host_waiting(world: Path, ray_cluster: dict[str, Any]) -> None:
+    missing = {"method": "tall_mask", "parameters": {"masks": str(world / "none.npz")}, "space": {}}
+    studies = {"missing": missing, "weight_average": {}}
+    spec = load(world, name="failing", studies=studies, hosts={"device_memory": limited(world)})
+    rows = read_rows(run_sweep(spec, Progress()))
+    [failed] = rows[rows["status"] == "failed"].to_dict("records")
+    assert failed["study"] == "missing" and "there is no such file of masks" in failed["error"]
+    assert set(rows.loc[rows["study"] == "weight_average", "status"]) == {"complete"}
+
+
+def kill_one(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
+    """Kill a process of the actor class at a random moment of the search."""
+    while len(list((directory / "trials").glob("*.parquet"))) < 5 and not done.wait(0.05):
+        pass
+    time.sleep(random.uniform(0.0, 0.5))
+    while not done.is_set():
+        for process in psutil.process_iter(["cmdline"]):
+            if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+
+@pytest.mark.parametrize(
+    "actor", ["SliceHost", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Meeting", "ModelHost"))]
+)
+def test_a_group_that_loses_a_process_starts_again(world: Path, replicated: Path, actor: str) -> None:
+    spec = load(world, name=f"killed_{actor}", hosts={"device_memory": limited(world)})
+    done = threading.Event()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one, args=(spec.directory, actor, done, killed))
+    killer.start()
+    try:
+        run_sweep(spec, Progress())
+    finally:
+        done.set()
+        killer.join()
+    assert killed
+    same_sweep(replicated, spec.directory)
