@@ -98,9 +98,7 @@ def test_shared_models_give_the_same_sweep(world: Path, replicated: Path) -> Non
     same_sweep(replicated, shared)
 
 
-def test_models_in_16_bits_are_shared_and_exported_too(
-    world: Path, ray_cluster: dict[str, Any], tmp_path: Path
-) -> None:
+def test_models_in_16_bits_are_shared_and_exported(world: Path, ray_cluster: dict[str, Any], tmp_path: Path) -> None:
     models = {**load(world).models.model_dump(exclude_none=True), "dtype": "bfloat16"}
     studies = {"ties": {"searcher": "grid", "space": {"density": [0.2]}}}
     spec = load(world, name="half", models=models, studies=studies, hosts={"device_memory": limited(world, 2)})
@@ -108,8 +106,8 @@ def test_models_in_16_bits_are_shared_and_exported_too(
     assert json.loads((directory / "sweep.json").read_text())["plan"]["slices"] == 2
     bank, _ = load_bank(spec.models, spec.task_names, Progress())
     assert bank.base.dtype == torch.bfloat16
-    whole = run_sweep(load(world, name="half_whole", models=models, studies=studies), Progress())
-    same_sweep(whole, directory)
+    rows = read_rows(directory)
+    assert set(rows["bank_fingerprint"]) == {bank.fingerprint} and set(rows["status"]) == {"complete"}
     assert export_merge(directory, "ties", tmp_path, "safetensors", Progress())
 
 
@@ -147,9 +145,10 @@ def kill_one(directory: Path, actor: str, done: threading.Event, killed: list[in
                 return
 
 
-@pytest.mark.parametrize(
-    "actor", ["SliceHost", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Meeting", "ModelHost"))]
-)
+SLOW_ACTORS = [pytest.param(actor, marks=pytest.mark.slow) for actor in ("Meeting", "ModelHost")]
+
+
+@pytest.mark.parametrize("actor", ["SliceHost", *SLOW_ACTORS])
 def test_a_group_that_loses_a_process_starts_again(world: Path, replicated: Path, actor: str) -> None:
     spec = load(world, name=f"killed_{actor}", hosts={"device_memory": limited(world)})
     done = threading.Event()

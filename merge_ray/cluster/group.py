@@ -49,7 +49,7 @@ class SliceSetup:
 @dataclass
 class _Round:
     given: dict[int, Any] = field(default_factory=dict)
-    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @ray.remote(num_cpus=0)
@@ -66,13 +66,14 @@ class Meeting:
 
     async def meet(self, merge: int, number: int, index: int, value: Any) -> list[Any]:
         """Wait for all hosts; raises :class:`RuntimeError` where the merge was broken off."""
-        meeting = self.rounds.setdefault((merge, number), _Round())
-        meeting.given[index] = value
-        if len(meeting.given) == self.size:
-            del self.rounds[merge, number]
-            meeting.complete.set()
-        elif merge > self.broken_off:
-            await meeting.complete.wait()
+        meeting = _Round()
+        if merge > self.broken_off:
+            meeting = self.rounds.setdefault((merge, number), meeting)
+            meeting.given[index] = value
+            if len(meeting.given) == self.size:
+                del self.rounds[merge, number]
+                meeting.over.set()
+            await meeting.over.wait()
         if len(meeting.given) < self.size:
             raise RuntimeError("another host of the group could not merge")
         return [meeting.given[place] for place in range(self.size)]
@@ -81,7 +82,7 @@ class Meeting:
         """Let no host wait for others in merges up to this one."""
         self.broken_off = merge
         for meeting in self.rounds.values():
-            meeting.complete.set()
+            meeting.over.set()
         self.rounds.clear()
 
 

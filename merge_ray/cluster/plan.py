@@ -197,9 +197,9 @@ def _check_machines(needs: Needs, machines: Sequence[Machine], slices: int, host
             fewer = f"hosts.count: {fit} would fit" if fit else "a node with more memory is needed"
             read = f"the models as they are read, {format_bytes(needs.bank)}, and " if machine.driver else ""
             raise MergeRayError(
-                f"node {machine.name}: {read}{_count(here, 'host')} of {format_bytes(each)} each need {format_bytes(held)}; "
-                f"it has {format_bytes(machine.memory)}, {format_bytes(held - machine.memory)} too little: {fewer}; {smaller}"
-                "or add nodes"
+                f"node {machine.name}: {read}{_count(here, 'host')} of {format_bytes(each)} each need "
+                f"{format_bytes(held)}; it has {format_bytes(machine.memory)}, {format_bytes(held - machine.memory)} "
+                f"too little: {fewer}; {smaller}or add nodes"
             )
 
 
