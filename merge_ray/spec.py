@@ -227,8 +227,8 @@ class HostsSpec(Strict):
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_memory: ByteSize | None = Field(None, gt=0)
-    """As much of a device's memory is used at most (``8GB``); all of a GPU's otherwise. Where all models and what goes
-    with them are more, groups of hosts share them in slices."""
+    """At most so much of a device's memory is used (``8GB``); all of a GPU's otherwise. Where all models and what goes
+    with them are more, groups of hosts share them in slices, each of which counts as a host."""
 
 
 class SweepSpec(Strict):
