@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,17 @@ def test_a_candidate_that_fails_leaves_no_host_waiting(world: Path, ray_cluster:
 
 
 def kill_one(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
-    """Kill a process of the actor class at a random moment of the search."""
+    """Kill a process of the actor class, of this test's own cluster, at a random moment of the search."""
     while len(list((directory / "trials").glob("*.parquet"))) < 5 and not done.wait(0.05):
         pass
     time.sleep(random.uniform(0.0, 0.5))
     while not done.is_set():
-        for process in psutil.process_iter(["cmdline"]):
-            if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
-                return
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if re.match(rf"ray::\w*{actor}", "".join(process.cmdline())):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
 
 
 SLOW_ACTORS = [pytest.param(actor, marks=pytest.mark.slow) for actor in ("Meeting", "ModelHost")]
