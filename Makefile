@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed  ## install, then compare merging methods on four
 	$(BIN)/merge-ray sweep sweeps/quickstart.yaml
 
 test: lint  ## all checks but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test-all: lint  ## `make test` and the slow tests
 	$(BIN)/python -m pytest -m "not gpu"

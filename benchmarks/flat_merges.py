@@ -25,7 +25,8 @@ from rich.table import Table
 
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.kernels.threads import over_columns
-from merge_ray.methods.base import MergeCache, MergeInputs, Method, make_method
+from merge_ray.methods.base import MergeInputs, Method, make_method
+from merge_ray.methods.merge_cache import MergeCache
 
 TENSOR = 768 * 3072
 """Weights in one tensor of the bank: a matrix of a ViT-B block."""

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from merge_ray.bank import Entry, Layout, ModelBank
 from merge_ray.cluster.host import HostSetup
+from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.evaluate import Evaluator
@@ -122,7 +123,8 @@ def second_host(spec: SweepSpec, progress: Progress) -> float:
         ),
     }
     bank = ModelBank.from_arrays(arrays, layout, small.tasks, {}, "padded")
-    heads = make_heads(spec.models, [open_task(task) for task in spec.tasks], base, progress)
+    family, tasks = spec.models.open_family(), [open_task(task) for task in spec.tasks]
+    heads = make_heads(spec.models, tasks, base, progress)
     setup = HostSetup(
         spec.models,
         tuple(spec.tasks),
@@ -131,15 +133,22 @@ def second_host(spec: SweepSpec, progress: Progress) -> float:
         bank.tasks,
         "padded",
         heads,
-        cache_directory(),
-        "cpu",
-        1,
+        data={
+            split: {task.name: family.open_split(task, split, cache_directory()).fingerprint for task in tasks}
+            for split in ("val", "test")
+        },
+        files=(),
+        versions=versions(),
+        driver="",
+        directory=Path.cwd(),
+        cache=cache_directory(),
     )
-    extras = {name: tensor.numpy() for name, tensor in spec.models.open_family().tower(small.extras).items()}
+    extras = {name: tensor.numpy() for name, tensor in family.tower(small.extras).items()}
 
     def private(setup: HostSetup, arrays: dict[str, np.ndarray]) -> float:
         pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, [arrays], extras)
-        used = psutil.Process(pool.wait_until_ready()[1]).memory_full_info().uss
+        pool.wait_until_ready()
+        used = psutil.Process(ray.get(pool.hosts[1].actor.process_id.remote())).memory_full_info().uss
         pool.close()
         time.sleep(2)
         return float(used)

@@ -7,9 +7,9 @@ import json
 import platform
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What a score depends on beside the candidate: models, data of each split, and how samples are taken."""
+    """What a score depends on beside the candidate: models, data of each split, and how samples are taken.
+
+    files: the content's hash of every file that a parameter may name, by its location.
+    """
 
     bank: str
     data: Mapping[str, str]
     protocol: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class Candidate:
         """The candidate that scores ``method`` on ``split``."""
         return cls(sweep, study, method.name, method.parameters(), seed, split, fingerprints, pair)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The hash of all that determines the score; the same for equal candidates of different studies."""
+        named = {value for value in self.parameters.values() if isinstance(value, str)}
+        files = {place: content for place, content in self.fingerprints.files.items() if place in named}
         parts = {
             "method": self.method,
             "parameters": self.parameters,
@@ -69,7 +75,9 @@ class Candidate:
             # Choices on validation data make any score depend on them; they are part of every identity.
             "validation": self.fingerprints.data["val"],
             "protocol": self.fingerprints.protocol,
-        } | ({"pair": list(self.pair)} if self.pair else {})
+        }
+        # What few candidates have is left out of the others, so that ledgers from before it existed stay valid.
+        parts |= {name: value for name, value in (("pair", list(self.pair)), ("files", files)) if value}
         return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
     @property

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from merge_ray.errors import MergeRayError, choose_from
+from merge_ray.errors import MergeRayError, SweepInterrupted, choose_from
 
 app = typer.Typer(
     name="merge-ray",
@@ -26,7 +26,10 @@ SpecPath = Annotated[Path, typer.Argument(help="The YAML file; see sweeps/ for e
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, as in --set search.trials=8.")
 ]
-Results = Annotated[list[Path], typer.Argument(help="Results directories, such as results/quickstart.")]
+Results = Annotated[
+    list[str], typer.Argument(help="Results directories, such as results/quickstart or s3://bucket/results/quickstart.")
+]
+OneResults = Annotated[str, typer.Argument(help="A results directory, such as results/quickstart; s3:// too.")]
 
 
 @app.command()
@@ -40,27 +43,44 @@ def sweep(
     Runs on this machine, on a cluster that is running here ([cyan]ray start --head[/]), or inside
     [cyan]ray job submit[/]. Run the same command again after any interruption: it goes on where it stopped.
     """
-    from merge_ray.leaderboard import rank, read_rows, render
+    from merge_ray.leaderboard import rank, read_rows, render, render_search
     from merge_ray.progress import Progress
     from merge_ray.spec_files import load_sweeps
     from merge_ray.sweep import run_sweep
 
     for loaded in load_sweeps(spec, overrides or []):
-        with Progress() as progress:
-            directory = run_sweep(loaded, progress, retry_failed)
+        try:
+            with Progress() as progress:
+                directory = run_sweep(loaded, progress, retry_failed)
+        except SweepInterrupted:
+            _print(render_search(read_rows(loaded.directory)))
+            console.print("\nNothing is confirmed on the test split yet.")
+            _say_how_to_go_on()
+        except KeyboardInterrupt:
+            _say_how_to_go_on()
         _print(render(rank(read_rows(directory), loaded.evaluation.objective)))
-        console.print(f"\nLeaderboard  {directory / 'leaderboard.parquet'}\nReport       {directory / 'report.html'}")
-        console.print(f"Next         merge-ray export {directory} --best   (write the winner's weights)")
+        place = loaded.location
+        console.print(f"\nLeaderboard  {place}/leaderboard.parquet\nReport       {place}/report.html")
+        console.print(f"Next         merge-ray export {place} --best   (write the winner's weights)")
 
 
 @app.command()
 def validate(spec: SpecPath, overrides: Overrides = None) -> None:
     """Check a spec without running it; every mistake is reported at once."""
-    from merge_ray.spec_files import load_sweeps
+    from merge_ray.relatedness import RelatednessSpec
+    from merge_ray.spec import SweepSpec
+    from merge_ray.spec_files import load_any
 
-    for loaded in load_sweeps(spec, overrides or []):
-        searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
-        console.print(f"[green]valid[/] {loaded.name}: {len(loaded.tasks)} tasks; studies: {searches}", highlight=False)
+    for loaded in load_any(spec, overrides or []):
+        if isinstance(loaded, RelatednessSpec):
+            about = f"{len(loaded.locations)} models"
+        else:
+            about = f"{len(loaded.tasks)} tasks"
+        if isinstance(loaded, SweepSpec):
+            pairs = f", {len(loaded.task_pairs)} pairs" if loaded.pairs else ""
+            searches = ", ".join(f"{name} ({study.searcher})" for name, study in loaded.studies.items())
+            about += f"{pairs}; studies: {searches}"
+        console.print(f"[green]valid[/] {loaded.name}: {about}", highlight=False)
 
 
 @app.command()
@@ -86,24 +106,50 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method in 
 def merge(
     context: typer.Context,
     method: Annotated[str, typer.Argument(help="A method; see [cyan]merge-ray methods[/].")],
-    base: Annotated[str, typer.Option(help="The base model's weights.")],
     finetuned: Annotated[list[str], typer.Option(metavar="TASK=LOCATION ...", help="The fine-tuned models.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="The file to write, s3:// too; {task} in it stands for each.")
+    ],
+    base: Annotated[str | None, typer.Option(help="The base model's weights, where the models have one.")] = None,
     task: Annotated[str | None, typer.Option(help="Whose weights to write, for methods with weights per task.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="To match channels: the models' family, such as taskonomy.")
+    ] = None,
+    architecture: Annotated[str, typer.Option(help="Which of the family, as in specs.")] = "",
+    images: Annotated[str | None, typer.Option(help="A folder of images to compare activations on.")] = None,
+    image_count: Annotated[int, typer.Option(min=2, help="How many of the images are drawn.")] = 256,
 ) -> None:
     """Merge once, without Ray, and write the weights.
 
     Every parameter of the method is an option of its own:
     [cyan]merge-ray merge ties --base B --finetuned a=A b=B --density 0.2 -o merged.safetensors[/]
+
+    Methods that match channels need to know the architecture, and images unless they match by weights:
+    [cyan]merge-ray merge zipit --family taskonomy --architecture full --images rooms
+    --finetuned a=A b=B -o {task}.safetensors[/]
     """
+    from merge_ray.families import find_family
     from merge_ray.merging import merge as run
+    from merge_ray.methods.base import find_method
     from merge_ray.progress import Progress
+    from merge_ray.relatedness.jobs import read_images
 
     models, parameters = _merge_arguments(finetuned, context.args)
+    made_of = find_family(family, architecture) if family else None
+    if made_of is None and (images or "permutation_groups" in find_method(method).needs):
+        raise MergeRayError(f"{method}: to match channels, name the models' --family and --architecture")
+    if base is None and (made_of is None or made_of.has_base):
+        raise MergeRayError("--base: name the model that the others were fine-tuned from")
     with Progress() as progress, progress.step("merge"):
-        result = run(method, base=base, finetuned=models, **parameters)
-        result.save(output, task=task)
-    console.print(f"wrote {output}", highlight=False)
+        shown = read_images(images, made_of, image_count) if images and made_of else None
+        result = run(method, base=base, finetuned=models, family=made_of, images=shown, **parameters)
+        for note in result.merged.notes:
+            progress.warn(note)
+        paths = [output.replace("{task}", name) for name in result.bank.tasks]
+        tasks = result.bank.tasks if "{task}" in output else [task]
+        for path, name in zip(paths, tasks, strict=False):
+            result.save(path, task=name)
+            console.print(f"wrote {path}", highlight=False)
 
 
 def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -134,23 +180,31 @@ def _merge_arguments(finetuned: list[str], rest: list[str]) -> tuple[dict[str, s
 
 @app.command()
 def export(
-    results: Annotated[Path, typer.Argument(help="A results directory, such as results/quickstart.")],
+    results: OneResults,
     best: Annotated[bool, typer.Option("--best", help="The highest-ranked merge (the default).")] = False,
     study: Annotated[str | None, typer.Option(help="The confirmed merge of this study instead.")] = None,
+    pair: Annotated[
+        str | None, typer.Option(metavar="A+B", help="In a sweep over pairs, the pair; by default the best.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A directory; by default RESULTS/export.")
+        str | None, typer.Option("-o", "--output", help="A directory, s3:// too; by default RESULTS/export.")
     ] = None,
     format: Annotated[str, typer.Option(help="safetensors, huggingface or open_clip.")] = "safetensors",
 ) -> None:
     """Write a merged model of a sweep: the best one, or that of one study."""
+    from merge_ray.checkpoints import destination
     from merge_ray.export import export_merge
     from merge_ray.progress import Progress
 
     if best and study:
         raise MergeRayError("give either --best or --study")
+    target = output or f"{results}/export"
     with Progress() as progress:
-        for path in export_merge(results, study, output or results / "export", format, progress):
-            console.print(f"wrote {path}", highlight=False)
+        with destination(target) as folder:
+            published = target if "://" in target else None
+            paths = export_merge(results, study, folder, format, progress, pair, published)
+        for path in paths:
+            console.print(f"wrote {target}/{path.relative_to(folder)}", highlight=False)
 
 
 @app.command()
@@ -173,11 +227,12 @@ def leaderboard(
 
 
 @app.command()
-def report(results: Annotated[Path, typer.Argument(help="A results directory.")]) -> None:
+def report(results: OneResults) -> None:
     """Write the HTML report of a sweep again."""
     from merge_ray.report import write_report
 
-    console.print(f"wrote {write_report(results)}", highlight=False)
+    write_report(results)
+    console.print(f"wrote {results}/report.html", highlight=False)
 
 
 @app.command()
@@ -247,6 +302,12 @@ def compress(
     with Progress() as progress, progress.counted("compress") as update:
         shrunk, seen = run(root, size, update)
     console.print(f"shrunk {shrunk} of {seen} images to {size} x {size}", highlight=False)
+
+
+def _say_how_to_go_on() -> None:
+    """After Ctrl-C, with the status that shells expect then."""
+    console.print("Stopped; every row that was recorded stays. Next: the same command again goes on from there.")
+    raise typer.Exit(130)
 
 
 def _print(rendered: Any) -> None:

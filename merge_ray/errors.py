@@ -18,12 +18,20 @@ class CheckpointError(MergeRayError):
     """Weights that cannot be read, are unsafe to read, or do not fit each other."""
 
 
+class MissingError(CheckpointError):
+    """A location where there is nothing."""
+
+
 class DataError(MergeRayError):
     """A task's data that cannot be used as asked."""
 
 
 class ParameterError(MergeRayError):
     """A method's parameter that does not exist or is out of its valid set."""
+
+
+class SweepInterrupted(MergeRayError):
+    """A sweep that was asked to end before it was done; what it has is recorded."""
 
 
 class LedgerError(MergeRayError):

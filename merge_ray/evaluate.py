@@ -203,7 +203,10 @@ class Evaluator:
         else:
             if not merged.shared:
                 merged.write(model.task, self.skeleton.flat)
-            model.data.settle(self.skeleton, model.batch_size, self.calibration_samples)
+            if merged.as_published:
+                model.data.restore()
+            else:
+                model.data.settle(self.skeleton, model.batch_size, self.calibration_samples)
             ask = model.outcomes
         start, stop = self._bounds(len(model), shard)
         batches = list(model.batches(start, stop))

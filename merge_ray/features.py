@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_ray.checkpoints import open_location, read_weights
+from merge_ray.checkpoints import nothing, open_location, read_weights
 from merge_ray.errors import CheckpointError, DataError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -43,9 +43,9 @@ def open_extractor(location: str, device: torch.device | str = "cpu") -> Extract
     """
     directory = _open_directory(location)
     if (directory / "preprocessor_config.json").is_file():
-        return ImageExtractor(directory, device)
+        return ImageExtractor(location, directory, device)
     if any((directory / name).is_file() for name in TOKENIZERS):
-        return TextExtractor(directory, device, _sentence_modules(location, directory))
+        return TextExtractor(location, directory, device, _sentence_modules(location, directory))
     raise CheckpointError(
         f"{directory}: not a feature extractor: it has neither a preprocessor_config.json (for images) nor a "
         f"tokenizer (for texts: one of {', '.join(TOKENIZERS)})"
@@ -55,10 +55,10 @@ def open_extractor(location: str, device: torch.device | str = "cpu") -> Extract
 class ImageExtractor(Extractor):
     """An image model of transformers, such as ``microsoft/resnet-18``: its pooled output."""
 
-    def __init__(self, directory: Path, device: torch.device | str) -> None:
+    def __init__(self, location: str, directory: Path, device: torch.device | str) -> None:
         from transformers import AutoImageProcessor
 
-        self._model = _load_model(directory, device)
+        self._model = _load_model(location, directory, device)
         self._directory, self._device = directory, device
         self._processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         config = self._model.config
@@ -79,11 +79,11 @@ class TextExtractor(Extractor):
     ``modules`` are those of sentence-transformers' layout: ``pooling`` (``mean`` or ``cls``) and ``normalize``.
     """
 
-    def __init__(self, directory: Path, device: torch.device | str, modules: Mapping[str, Any]) -> None:
+    def __init__(self, location: str, directory: Path, device: torch.device | str, modules: Mapping[str, Any]) -> None:
         from transformers import AutoTokenizer
 
         # The pooling layer of BERT is not used, and not always saved.
-        self._model = _load_model(directory, device, unused=("pooler.",))
+        self._model = _load_model(location, directory, device, unused=("pooler.",))
         self._directory, self._device = directory, device
         self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self._modules = modules
@@ -111,7 +111,7 @@ class TextExtractor(Extractor):
 
 def _open_directory(location: str) -> Path:
     """The local directory of an extractor."""
-    path = open_location(_full_location(location))
+    path = open_location(_full_location(location), nothing)
     if not path.is_dir():
         raise CheckpointError(f"{location}: a feature extractor is a directory with a config.json and weights")
     if not (path / "config.json").is_file():
@@ -124,7 +124,7 @@ def _full_location(location: str) -> str:
     return f"hf://{location}" if HUB_NAME.fullmatch(location) and not Path(location).exists() else location
 
 
-def _load_model(directory: Path, device: torch.device | str, unused: tuple[str, ...] = ()) -> Any:
+def _load_model(location: str, directory: Path, device: torch.device | str, unused: tuple[str, ...] = ()) -> Any:
     """The bare model of a directory, frozen; heads in its weights are left out, ``unused`` parts may be missing."""
     # Here and not above: whoever lists the methods would wait for it.
     from transformers import AutoConfig, AutoModel
@@ -137,8 +137,9 @@ def _load_model(directory: Path, device: torch.device | str, unused: tuple[str, 
             f"{directory}: transformers cannot build a model from its config.json ({error})"
         ) from error
     prefix = f"{model.base_model_prefix}."
-    weights = {name.removeprefix(prefix): tensor for name, tensor in read_weights(directory).items()}
     own = model.state_dict()
+    read = read_weights(_full_location(location), lambda name: name.removeprefix(prefix) in own)
+    weights = {name.removeprefix(prefix): tensor for name, tensor in read.items()}
     problems = [f"{name} is missing" for name in own if name not in weights and not name.startswith(unused)]
     problems += [
         f"{name} is {list(weights[name].shape)}, its config.json makes it {list(tensor.shape)}"

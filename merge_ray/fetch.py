@@ -52,9 +52,10 @@ class Link:
 
 
 def usual_links() -> list[Link]:
-    """All that the evaluation of training-free merging needs: labels where models are scored, images elsewhere."""
+    """All that a sweep over the tasks of training-free merging needs: labels to choose and score by, else images."""
     folders = sorted({layer.folder for layer in LAYERS.values()} - {"principal_curvature"})
-    labelled = [f"{building}_{folder}" for building in BUILDINGS["test"] for folder in folders]
+    scored = (*BUILDINGS["val"], *BUILDINGS["test"])
+    labelled = [f"{building}_{folder}" for building in scored for folder in folders]
     return [Link(f"{SERVER}/{name}.tar") for name in (*labelled, *(f"{name}_{RGB}" for name in BUILDINGS["train"]))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from merge_ray.bank import Layout, ModelBank, digest
 from merge_ray.candidate import fingerprint_of
 from merge_ray.checkpoints import is_adapter, read_finetuned, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError
-from merge_ray.families import Family, ImageFamily
+from merge_ray.families import Family, ImageFamily, TaskData
 from merge_ray.progress import Progress
-from merge_ray.spec import ModelsSpec
-from merge_ray.tasks import Task, cache_directory
+from merge_ray.spec import EvaluationSpec, ModelsSpec
+from merge_ray.tasks import Task, TaskSpec, cache_directory, open_task
 
 
 def read_base(models: ModelsSpec) -> dict[str, Tensor]:
@@ -59,6 +60,28 @@ def _read(
     if is_adapter(location):
         return {**unchanged, **read_finetuned(location, base)}
     return family.rename(read_weights(location))
+
+
+def open_task_data(
+    family: Family,
+    task: TaskSpec,
+    split: str,
+    head: Tensor | None,
+    evaluation: EvaluationSpec,
+    device: torch.device,
+    cache: Path,
+) -> TaskData:
+    """A task's split on ``device`` as the spec has it scored: validation data cut to ``max_samples``, others whole.
+
+    head: as :meth:`merge_ray.families.Family.read_head` gives it, for families that need one.
+    """
+    opened = open_task(task)
+    limit = evaluation.max_samples if split == "val" else None
+    data = family.task_data(family.open_split(opened, split, cache), head, device, limit)
+    if not family.has_base:
+        data.calibration = family.open_images(opened, "train", cache)
+        data.average = evaluation.batch_size, evaluation.released_average
+    return data
 
 
 def make_heads(

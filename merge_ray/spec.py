@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -12,10 +13,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
 from merge_ray.families import Family, find_family
 from merge_ray.methods.base import check_parameter, find_method, parameter_fields
+from merge_ray.results import results_at
 from merge_ray.space import Choice, Float, Int, PerTask, Space
 from merge_ray.tasks import TaskSpec
 
@@ -46,6 +49,19 @@ class ModelsSpec(Strict):
     """Saved classification heads; without them zero-shot heads come from the base's text tower."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the models are held in; another than their own rounds each weight once. ``auto`` rounds none."""
+    relatedness: str | None = None
+    """The distances between the models: a results directory of ``merge-ray relatedness``, or a Parquet or CSV file."""
+    nearest: int | None = Field(None, ge=1)
+    """Merge the model of the task ``to`` and so many others, those that are nearest to it by ``relatedness``."""
+    to: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _nearness_is_known(self) -> ModelsSpec:
+        if (self.nearest is None) != (self.to is None):
+            raise ValueError("'nearest' says how many models and 'to' the task that they are nearest to; give both")
+        if self.nearest is not None and self.relatedness is None:
+            raise ValueError("'nearest' needs 'relatedness', a results directory of merge-ray relatedness")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _family_exists(self) -> ModelsSpec:
@@ -87,9 +103,14 @@ class EvaluationSpec(Strict):
     """At most this many validation samples a task; the test split is always scored whole."""
     calibration_samples: int = Field(CALIBRATION_SAMPLES, ge=1)
     """Unlabelled samples that activations are compared on and batch norm is reset on, where a method or family does."""
+    released_average: bool = False
+    """Scale losses from the label average that the authors of training-free merging compute, to compare with their
+    tables: of the last batch alone (of ``batch_size``), class maps with height and width exchanged."""
     transductive: bool = False
     """Whether methods that adapt on unlabelled inputs see those of the split that is scored, the test split's too, as
     in the papers; without it they see validation inputs only."""
+    trial_seconds: float | None = Field(None, gt=0)
+    """A trial that takes longer, learning included, has failed, and its host is started anew; None is no limit."""
     objective: str = "normalized_mean"
     select_on: str = "val"
 
@@ -197,6 +218,14 @@ class StudySpec(SearchSpec):
         searched = {name: field.metadata["search"] for name, field in fields.items() if name not in self.parameters}
         return {name: part for name, part in searched.items() if part is not None}
 
+    def named_files(self) -> set[str]:
+        """The locations of the files that the study's parameters name, fixed or searched."""
+        named = {name: [value] for name, value in self.parameters.items()}
+        named |= {name: space.grid() for name, space in (self.space or {}).items()}
+        fields = parameter_fields(find_method(self.method))
+        files = [value for name, values in named.items() if fields[name].metadata["file"] for value in values]
+        return {value for value in files if isinstance(value, str)}
+
 
 def _in_kind(space: Space, valid: Space) -> Space:
     """A range written in YAML as the parameter means it: of integers where only integers are valid."""
@@ -235,7 +264,7 @@ class SweepSpec(Strict):
     """A whole sweep. ``tasks`` lists what to be good at, or ``num_tasks`` picks the papers' 8, 14, 20 or glue."""
 
     name: str
-    results: Path = Path("results")
+    results: str = "results"
     seed: int = 0
     models: ModelsSpec
     tasks: list[TaskSpec]
@@ -244,6 +273,8 @@ class SweepSpec(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     studies: dict[str, StudySpec]
     hosts: HostsSpec = HostsSpec()
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -260,6 +291,11 @@ class SweepSpec(Strict):
             problems.append(f"tasks: named twice: {', '.join(doubled)}")
         if unknown := sorted({task for pair in self.task_pairs for task in pair} - set(names)):
             problems.append(f"pairs: {unknown[0]!r} is no task; {choose_from(unknown[0], names)}")
+        if self.models.to is not None and self.models.to not in names:
+            problems.append(f"models.to: {self.models.to!r} is no task; {choose_from(self.models.to, names)}")
+        elif (self.models.nearest or 0) >= len(names):
+            problems.append(f"models.nearest: {self.models.nearest} models are asked for beside that of "
+                            f"{self.models.to!r}; there are {len(names) - 1}")  # fmt: skip
         if self.pairs is not None and not all(len(set(pair)) == 2 for pair in self.task_pairs or [()]):
             problems.append("pairs: each names two different tasks, and there must be one at least")
         if not self.studies:
@@ -297,9 +333,14 @@ class SweepSpec(Strict):
         return sorted({tuple(sorted(pair)) for pair in pairs})
 
     @property
+    def location(self) -> str:
+        """Where everything that this sweep writes goes: a directory, or a place on S3."""
+        return os.path.join(self.results, self.name)
+
+    @property
     def directory(self) -> Path:
-        """Where everything that this sweep writes goes."""
-        return self.results / self.name
+        """The results directory, or its copy on this machine if it lies on S3."""
+        return results_at(self.location).directory
 
 
 def objective_names(tasks: Sequence[str]) -> list[str]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 import yaml
 from pydantic import BaseModel
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import SpecError, choose_from
 from merge_ray.spec import SweepSpec
 from merge_ray.tasks import SOURCES, TASK_LISTS, TaskSpec
 
+if TYPE_CHECKING:
+    from merge_ray.finetune import FinetuneSpec
+    from merge_ray.relatedness import RelatednessSpec
+
 Spec = TypeVar("Spec", bound=BaseModel)
+CREDENTIALS = re.compile(r"://[^/\s]*@")
 PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
@@ -34,7 +41,7 @@ def _sweeps_of(raw: dict[str, Any], path: Path | str, overrides: Sequence[str]) 
         _override(raw, text)
     counts = raw.pop("num_tasks", None)
     if counts is None:
-        return [check_spec(SweepSpec, _with_defaults(raw), path)]
+        return [_with_nearest(check_spec(SweepSpec, _with_defaults(raw), path), path)]
     settings = raw.get("tasks") or {}
     if not isinstance(settings, Mapping):
         raise SpecError(f"{path}: with num_tasks, 'tasks' maps single tasks to their settings; found a list")
@@ -44,8 +51,44 @@ def _sweeps_of(raw: dict[str, Any], path: Path | str, overrides: Sequence[str]) 
             raise SpecError(f"{path}: num_tasks: {count!r}; {choose_from(count, map(str, TASK_LISTS))}")
         name = str(raw.get("name", "")).replace("{num_tasks}", str(count))
         tasks = [{"name": task, **settings[task]} if task in settings else task for task in TASK_LISTS[count]]
-        sweeps.append(check_spec(SweepSpec, _with_defaults({**raw, "name": name, "tasks": tasks}), path))
+        checked = check_spec(SweepSpec, _with_defaults({**raw, "name": name, "tasks": tasks}), path)
+        sweeps.append(_with_nearest(checked, path))
     return sweeps
+
+
+def _with_nearest(spec: SweepSpec, path: Path | str) -> SweepSpec:
+    """``spec`` with the tasks alone whose models ``models.nearest`` chooses, where it does."""
+    models = spec.models
+    if models.relatedness is None:
+        return spec
+    # Imported here: few sweeps know how their models are related.
+    from merge_ray.relatedness.nearest import nearest, read_distances
+
+    distances = read_distances(models.relatedness, spec.task_names)
+    if models.nearest is None or models.to is None:
+        return spec
+    chosen = {models.to, *nearest(distances, models.to, models.nearest)}
+    raw = json.loads(spec.model_dump_json())
+    raw["tasks"] = [task for task in raw["tasks"] if task["name"] in chosen]
+    for field in ("finetuned", "heads"):
+        if isinstance(locations := raw["models"][field], dict):
+            raw["models"][field] = {task: place for task, place in locations.items() if task in chosen}
+    return check_spec(SweepSpec, raw, path)
+
+
+def load_any(path: Path | str, overrides: Sequence[str] = ()) -> Sequence[SweepSpec | FinetuneSpec | RelatednessSpec]:
+    """The sweeps of a YAML file, or the fine-tuning or relatedness spec that it is; raises :class:`SpecError`.
+
+    The kind is told by a key that the others do not have.
+    """
+    # Imported here: sweeps have no use for them.
+    from merge_ray.finetune import FinetuneSpec
+    from merge_ray.relatedness import RelatednessSpec
+
+    keys = _read_documents(path)[0].keys()
+    if "output" in keys:
+        return [load_spec(FinetuneSpec, path, overrides)]
+    return [load_spec(RelatednessSpec, path, overrides)] if "samples" in keys else load_sweeps(path, overrides)
 
 
 def load_spec(model: type[Spec], path: Path | str, overrides: Sequence[str] = ()) -> Spec:
@@ -153,13 +196,34 @@ def parse_value(text: str) -> Any:
 
 def check_spec(model: type[Spec], raw: Mapping[str, Any], source: Path | str) -> Spec:
     """``raw`` as a ``model``; raises :class:`SpecError` that lists every mistake with its place."""
+    if secret := next((place for place, text in _texts(raw) if CREDENTIALS.search(text)), None):
+        raise SpecError(
+            f"{source}: {secret}: an address with credentials in it; specs are saved, so keep them in ~/.aws"
+        )
     try:
-        return model.model_validate(raw)
+        with _s3_settings(raw).applied():  # what is checked may lie there
+            return model.model_validate(raw)
     except pydantic.ValidationError as invalid:
         mistakes = [_describe(model, error) for error in invalid.errors()]
         raise SpecError(
             f"{source} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n" + "\n".join(mistakes)
         ) from None
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a spec with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping | list):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(part, f"{place}.{key}".lstrip("."))
+
+
+def _s3_settings(raw: Mapping[str, Any]) -> S3Settings:
+    try:
+        return S3Settings.model_validate(raw.get("s3", {}))
+    except pydantic.ValidationError:
+        return S3Settings()  # the mistake is told with the others
 
 
 def _describe(model: type[BaseModel], error: Any) -> str:

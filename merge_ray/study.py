@@ -25,7 +25,8 @@ class Study:
 
     template: a candidate but for what is searched. reports: how often a candidate says what it has reached, after
     each shard and, where it learns, while it does. known: the ledger's rows by identity. distance: how many proposals
-    may be unanswered. earlier: studies of the same method that this one learns from; it waits for them.
+    may be unanswered, where answers matter. earlier: studies of the same method that this one learns from; it waits
+    for them.
     """
 
     def __init__(
@@ -44,9 +45,14 @@ class Study:
         self.outcomes: dict[str, Outcome] = {}
         self.exhausted = False
         self._seen: set[str] = set()
-        self._told = 0
+        self._told: list[Outcome] = []
         self._proposer: Proposer | None = None
         self._begun = 0.0
+
+    @property
+    def _learns(self) -> bool:
+        """Whether outcomes change anything; where they do not, no proposal waits for them."""
+        return self.spec.searcher not in ("grid", "random") or self.spec.scheduler != "none"
 
     @property
     def finished(self) -> bool:
@@ -68,7 +74,7 @@ class Study:
             self._tell()
             if self._budget_is_spent():
                 break
-            if len(self.candidates) - self._told >= self.distance:
+            if self._learns and len(self.candidates) - len(self._told) >= self.distance:
                 return None
             proposal = self._proposer.ask()
             if proposal is None:
@@ -84,12 +90,15 @@ class Study:
         self.exhausted = True
         return None
 
+    def accepts(self, outcome: Outcome) -> bool:
+        """Whether an outcome answers for a candidate: what was cut short does where a scheduler may do so."""
+        return self.spec.scheduler != "none" or not outcome.pruned
+
     def cutoffs(self) -> dict[int, float]:
         """What a candidate proposed now must reach after a number of reports to go on."""
         if self.spec.scheduler == "none":
             return {}
-        told = [self.outcomes[candidate.identity] for candidate in self.candidates[: self._told]]
-        return halving_cutoffs(told, self.reports, self.spec.reduction_factor, self.spec.grace_shards)
+        return halving_cutoffs(self._told, self.reports, self.spec.reduction_factor, self.spec.grace_shards)
 
     def _begin(self) -> bool:
         if not all(study.finished for study in self.earlier):
@@ -113,19 +122,18 @@ class Study:
         return replace(self.template, parameters=proposed.make().parameters())
 
     def _answer(self, candidate: Candidate) -> Outcome | None:
-        """What the ledger or an earlier study has found; what was cut short counts only where a scheduler may do so."""
+        """What the ledger or an earlier study has found."""
         found = [study.outcomes.get(candidate.identity) for study in self.earlier]
         if (row := self.known.get(candidate.identity)) is not None:
             found.append(outcome_of(row))
-        may_prune = self.spec.scheduler != "none"
-        return next((item for item in found if item is not None and (may_prune or not item.pruned)), None)
+        return next((item for item in found if item is not None and self.accepts(item)), None)
 
     def _tell(self) -> None:
         assert self._proposer is not None
         limit = len(self.candidates) - self.distance + 1
-        while self._told < limit and (outcome := self.outcomes.get(self.candidates[self._told].identity)):
+        while len(self._told) < limit and (outcome := self.outcomes.get(self.candidates[len(self._told)].identity)):
             self._proposer.tell(outcome)
-            self._told += 1
+            self._told.append(outcome)
 
     def _budget_is_spent(self) -> bool:
         if self.spec.trials is not None and len(self._seen) >= self.spec.trials:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise, product
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,14 @@ import yaml
 
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
+from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.host import HostSetup
+from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
-from merge_ray.cluster.ledger import forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.ledger import compact, forget_learned, keep, record, share, start_results_actor
 from merge_ray.cluster.machines import plan_sweep
+from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.plan import Plan
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
@@ -35,9 +37,11 @@ from merge_ray.evaluate import References
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
-from merge_ray.models import load_bank, make_heads, read_base
+from merge_ray.models import load_bank, make_heads, read_base, read_layout
 from merge_ray.progress import Progress
+from merge_ray.relatedness.nearest import read_distances
 from merge_ray.report import write_report
+from merge_ray.results import Results, own_results
 from merge_ray.spec import EvaluationSpec, SweepSpec
 from merge_ray.study import Study
 from merge_ray.tasks import cache_directory, open_task, overlap
@@ -46,32 +50,35 @@ Rows = dict[str, dict[str, Any]]
 
 
 def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -> Path:
-    """Search every study of ``spec`` and confirm the best on the test split; returns the results directory.
+    """Search every study of ``spec`` and confirm the best on the test split; returns the results directory (its copy
+    here, if it lies on S3).
 
     The ledger in that directory answers for all that it already holds, so the same call after any
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
-    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory, and where the
-    models do not fit the cluster's memory, before they are loaded.
+    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory, before Ray
+    starts where that can be known, and before the models are loaded where they do not fit the cluster's memory;
+    :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
-    with _own_directory(spec.directory):
+    with spec.s3.applied(), own_results(spec.location, progress) as results:
         base = read_base(spec.models)
+        layout = read_layout(spec.models, spec.task_names, base)
         data, heads = _prepare_data(spec, base, progress)
         with ray_session(progress):
-            plan = plan_sweep(spec, base, ("finetuned", _lower_reference(spec)))
+            plan = plan_sweep(spec, layout, ("finetuned", *_lower_references(spec)))
             progress.line(plan.text)
             bank, _ = load_bank(spec.models, spec.task_names, progress)
             fingerprints = _fingerprints(spec, bank, data, heads)
-            rows = _open_ledger(spec, fingerprints, plan, retry_failed)
-            with _start_actors(spec, bank, plan, heads, progress) as (pool, ledger):
+            rows = _open_ledger(spec, results, fingerprints, plan, retry_failed)
+            with _start_actors(spec, results, bank, plan, data, heads, progress) as (pool, ledger):
                 sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
                 references = sweep.score_references()
                 sweep.search(references)
                 sweep.confirm(references)
         with progress.step("leaderboard and report"):
-            write_leaderboard(spec.directory, spec.evaluation.objective)
-            write_report(spec.directory)
-    return spec.directory
+            write_leaderboard(results, spec.evaluation.objective)
+            write_report(results)
+    return results.directory
 
 
 class _Sweep:
@@ -82,9 +89,12 @@ class _Sweep:
     ) -> None:
         self.spec, self.fingerprints, self.pool = spec, fingerprints, pool
         self.ledger, self.rows, self.progress = ledger, rows, progress
+        self.warned: set[str] = set()
 
     def score_references(self) -> dict[str, References]:
-        """Score the base, or the average label without one, and every fine-tuned model once on both splits.
+        """Score the base and every fine-tuned model once on both splits.
+
+        Without a base, the average label and the models as published, before batch norm is reset, take its place.
 
         Returns the fine-tuned models' scores by split, by which normalised scores divide.
         """
@@ -93,14 +103,18 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower = _lower_reference(self.spec)
-            self._score([self._candidate(lower, lower, split) for split in splits], references)
+            lower = _lower_references(self.spec)
+            others = [self._candidate(name, name, split, lower[name]) for name, split in product(lower, splits)]
+            self._score(others, references)
         return references
 
     def search(self, references: Mapping[str, References]) -> None:
-        """Run the studies through Ray Tune, as far as the ledger does not answer for them."""
+        """Run the studies through Ray Tune, as far as the ledger does not answer for them.
+
+        Ctrl-C ends it after the trials that hosts have: :class:`SweepInterrupted`.
+        """
         studies: list[Study] = []
-        evaluation, distance = self.spec.evaluation, 2 * len(self.pool.hosts)
+        evaluation, distance = self.spec.evaluation, 2 * self.pool.size
         # Pair by pair, for its candidates share what the hosts find out about its models.
         for pair, (name, whole) in product(self.spec.task_pairs, self.spec.studies.items()):
             spec = whole.model_copy(update={"parameters": _of_pair(whole.parameters, pair)})
@@ -111,9 +125,10 @@ class _Sweep:
             studies.append(Study(spec, template, tasks, reports, self.rows, distance, earlier))
         pairs = len(self.spec.task_pairs)
         totals = {name: spec.trials and spec.trials * pairs for name, spec in self.spec.studies.items()}
-        with self.progress.bars(totals) as update:
+        with self.progress.bars(totals) as update, interruption(self.progress.line) as ending:
             show = partial(_show_studies, studies, update)
-            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, self.spec.directory, show)
+            place = self.spec.directory
+            run_studies(studies, self.pool, self.ledger, references["val"], evaluation, place, show, ending)
         self._share_rows(studies)
 
     def _share_rows(self, studies: Sequence[Study]) -> None:
@@ -132,6 +147,7 @@ class _Sweep:
             best.sort(key=lambda row: row["pair"])
             self._score([self._to_confirm(row) for row in best], references, keep_artifacts=True)
         forget_learned(self.ledger)
+        compact(self.ledger)
 
     def _to_confirm(self, row: Mapping[str, Any]) -> Candidate:
         """A candidate's merge on the test split, with the choices that it made on validation data.
@@ -160,14 +176,17 @@ class _Sweep:
     ) -> None:
         """Score and record the candidates that the ledger does not hold."""
         missing = list({item.identity: item for item in candidates if item.identity not in self.rows}.values())
-        for candidate, report, ask_artifacts in self.pool.score_all(missing, references, self._learn):
+        for candidate, report, artifacts in self.pool.score_all(missing, references, self._learn, keep_artifacts):
             if isinstance(report, Exception):
                 row = ledger_row(candidate, "failed", error=cause(report))
             else:
+                for note in sorted(set(report["notes"]) - self.warned):
+                    self.warned.add(note)
+                    self.progress.warn(f"{candidate.search}: {note}")
                 seconds = report["seconds_merge"] + report["seconds_evaluate"]
                 row = ledger_row(candidate, "complete", **report, seconds_total=seconds, curve=[report["objective"]])
-                if keep_artifacts and (arrays := ray.get(ask_artifacts())):
-                    row["artifacts"] = [keep(self.ledger, candidate, arrays, self._learner(candidate))]
+                if artifacts:
+                    row["artifacts"] = [keep(self.ledger, candidate, artifacts, self._learner(candidate))]
             record(self.ledger, row)
             self.rows[candidate.identity] = row
 
@@ -192,9 +211,11 @@ class _Sweep:
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
 
 
-def _lower_reference(spec: SweepSpec) -> str:
-    """The method that every merge should beat."""
-    return "pretrained" if spec.models.base else "average_label"
+def _lower_references(spec: SweepSpec) -> dict[str, dict[str, Any]]:
+    """The methods that every merge should beat, with their parameters."""
+    if spec.models.base:
+        return {"pretrained": {}}
+    return {"pretrained": {}, "average_label": {"released": spec.evaluation.released_average}}
 
 
 def _domains(score: Mapping[str, Any]) -> dict[str, float]:
@@ -224,28 +245,6 @@ def _show_studies(studies: Sequence[Study], update: Callable[..., None]) -> None
         trials = parts[0].spec.trials
         note = f"best {np.mean(best):.4f}" if best else ""
         update(name, done, done if finished else trials and trials * len(parts), note, finished)
-
-
-@contextmanager
-def _own_directory(directory: Path) -> Iterator[None]:
-    """Hold the results directory for this process alone; the lock goes with the process, however it ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("a+")
-    except OSError as error:
-        raise LedgerError(f"cannot write to the results directory {directory}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise LedgerError(
-                f"{directory} is in use by process {lock.read().strip()}; wait for it or end it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def _prepare_data(
@@ -287,17 +286,22 @@ def _fingerprints(
     }
     hashed_heads = fingerprint_of(head_parts)
     # Settings that came later are left out at their defaults, so that ledgers from before stay valid.
-    later, usual = ("transductive", "learning_reports", "calibration_samples"), EvaluationSpec()
-    left_out = {"batch_size"} | {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    later, usual = ("transductive", "learning_reports", "calibration_samples", "released_average"), EvaluationSpec()
+    left_out = {name for name in later if getattr(spec.evaluation, name) == getattr(usual, name)}
+    left_out |= {"batch_size", "trial_seconds"}
     protocol = {"order": ORDER_SEED, "heads": hashed_heads, **spec.evaluation.model_dump(exclude=left_out)}
+    files = set().union(*(study.named_files() for study in spec.studies.values()))
     return Fingerprints(
-        bank.fingerprint, {split: fingerprint_of(parts) for split, parts in data.items()}, fingerprint_of(protocol)
+        bank.fingerprint,
+        {split: fingerprint_of(parts) for split, parts in data.items()},
+        fingerprint_of(protocol),
+        {location: fingerprint_file(location) for location in sorted(files)},
     )
 
 
-def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, plan: Plan, retry_failed: bool) -> Rows:
+def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, plan: Plan, retry_failed: bool) -> Rows:
     """The rows that this sweep already has; raises :class:`LedgerError` if they belong to another sweep."""
-    directory = spec.directory
+    directory = results.directory
     identity = {"bank": fingerprints.bank, "data": dict(fingerprints.data), "protocol": fingerprints.protocol}
     described = directory / "sweep.json"
     if described.exists():
@@ -305,11 +309,16 @@ def _open_ledger(spec: SweepSpec, fingerprints: Fingerprints, plan: Plan, retry_
         if changed := [part for part in identity if before.get(part) != identity[part]]:
             words = {"bank": "models", "data": "data", "protocol": "heads or sampling"}
             raise LedgerError(
-                f"{directory} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
+                f"{results.location} holds a sweep over other {' and '.join(words[part] for part in changed)}; "
                 "choose another name, or move that directory away"
             )
-    described.write_text(json.dumps({**identity, "plan": plan.about()}, indent=2))
-    (directory / "sweep.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    if spec.models.relatedness is not None:
+        distances = read_distances(spec.models.relatedness, spec.task_names)
+        results.write("relatedness.parquet", distances.to_parquet)
+    as_run = yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
+    described_now = json.dumps({**identity, "plan": plan.about()}, indent=2)
+    for name, text in {"sweep.json": described_now, "sweep.yaml": as_run}.items():
+        results.write(name, methodcaller("write", text.encode()))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}
 
@@ -318,15 +327,27 @@ def _rows_by_identity(directory: Path) -> Rows:
     if not any((directory / "trials").glob("*.parquet")):
         return {}
     records: list[Any] = read_rows(directory).to_dict("records")
+    # What is complete answers for what was cut short elsewhere, whichever the clock says was later.
+    records.sort(key=lambda row: ("failed", "pruned", "complete").index(row["status"]))
     return {row["identity"]: row for row in records}
 
 
 @contextmanager
 def _start_actors(
-    spec: SweepSpec, bank: ModelBank, plan: Plan, heads: Mapping[str, np.ndarray], progress: Progress
+    spec: SweepSpec,
+    results: Results,
+    bank: ModelBank,
+    plan: Plan,
+    data: Mapping[str, Mapping[str, str]],
+    heads: Mapping[str, np.ndarray],
+    progress: Progress,
 ) -> Iterator[tuple[HostPool, Any]]:
     """The hosts with the models loaded, and the ledger's writer; both end with the sweep."""
-    extras = spec.models.open_family().tower(bank.extras)
+    family = spec.models.open_family()
+    extras = family.tower(bank.extras)
+    splits = {split: {task: parts[task] for task in spec.task_names} for split, parts in data.items()}
+    if not family.has_base:
+        splits["train"] = {task: data["val"][f"{task}/train"] for task in spec.task_names}
     setup = HostSetup(
         models=spec.models,
         tasks=tuple(spec.tasks),
@@ -335,16 +356,22 @@ def _start_actors(
         bank_tasks=bank.tasks,
         fingerprint=bank.fingerprint,
         heads=heads,
-        cache=cache_directory(),
-        device="cpu",
-        threads=1,
+        data=splits,
+        files=_files_of(spec),
+        versions=versions(),
+        driver=ray.get_runtime_context().get_node_id(),
+        directory=Path.cwd(),
+        cache=cache_directory().absolute(),
+        s3=spec.s3,
+        kept=spec.directory.resolve() / "learning",
         ends=plan.ends(bank.layout.size),
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
     slices = [bank.arrays(slice(start, stop)) for start, stop in pairwise(setup.ends)]
-    pool = HostPool.start(name, spec.hosts, setup, slices, {name: tensor.numpy() for name, tensor in extras.items()})
-    ledger = start_results_actor(spec.directory, f"{name}/results")
+    shared_extras = {name: tensor.numpy() for name, tensor in extras.items()}
+    pool = HostPool.start(name, spec.hosts, setup, slices, shared_extras, progress.warn)
+    ledger = start_results_actor(results, f"{name}/results", spec.s3.environment())
     try:
         with progress.step("load the models into the hosts"):
             pool.wait_until_ready()
@@ -352,3 +379,10 @@ def _start_actors(
     finally:
         pool.close()
         ray.kill(ledger)
+
+
+def _files_of(spec: SweepSpec) -> tuple[str, ...]:
+    """What hosts read besides the tasks' data: the architecture and what parameters name, where that is a file."""
+    parameters = [value for study in spec.studies.values() for value in study.parameters.values()]
+    names = {value for value in (spec.models.architecture, *parameters) if isinstance(value, str)}
+    return tuple(sorted(name for name in names if Path(name).expanduser().exists()))

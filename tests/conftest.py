@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+
+RAY_FILES = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+"""Ray's own place, so that no cluster that runs on this machine is joined; its path is short, as sockets' must be."""
+atexit.register(shutil.rmtree, RAY_FILES, ignore_errors=True)
 
 # Set before torch, numba and Ray are imported; the workers that Ray starts inherit them.
 os.environ.update(
@@ -11,6 +18,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_TMPDIR=RAY_FILES,
 )
 
 import logging

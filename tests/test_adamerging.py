@@ -258,7 +258,7 @@ def test_coefficients_that_do_not_fit_are_refused(bank: ModelBank, tmp_path: Pat
     def merge(**parameters: Any) -> None:
         make_method("adamerging", {"coefficients": str(path), **parameters}).merge(MergeInputs(bank))
 
-    with pytest.raises(CheckpointError, match="cannot be read as saved coefficients"):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
         merge()
     save_arrays(path, {"mask": np.zeros(3)})
     with pytest.raises(CheckpointError, match=r"holds no merging coefficients, but \['mask'\]"):

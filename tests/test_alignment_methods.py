@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from merge_ray.matching import (
 from merge_ray.matching.weight_space import visiting_orders
 from merge_ray.merging import merge
 from merge_ray.methods.base import (
-    MergeCache,
     Merged,
     MergeInputs,
     check_parameter,
@@ -37,6 +37,7 @@ from merge_ray.methods.base import (
     make_method,
     parameter_fields,
 )
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.mudsc import SUFFIXES, Mudsc
 from merge_ray.statistics import ActivationStatistics, reset_batch_norm
 
@@ -308,6 +309,45 @@ def test_the_networks_run_once_for_all_candidates() -> None:
     for name, parameters in candidates:
         make_method(name, parameters).merge(world.inputs(cache))
     assert calls.count == 1
+
+
+MATCHING = ("mudsc", "zipit", "git_rebasin", "align_then_merge")
+
+
+def merge_of(world: World, inputs: MergeInputs, name: str) -> Tensor:
+    out = torch.zeros(world.bank.layout.size)
+    make_method(name, {}).merge(inputs).write(world.bank.tasks[1], out)
+    return out
+
+
+def test_what_one_host_has_matched_another_need_not_match_again(tmp_path: Path) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    wanted = {name: merge_of(world, world.inputs(MergeCache(1 << 20, tmp_path)), name) for name in MATCHING}
+    world.calibration = ActivationStatistics(nn.Identity(), torch.zeros(0), world.bank, world.groups, [])
+    for name in MATCHING:
+        assert torch.equal(merge_of(world, world.inputs(MergeCache(1 << 20, tmp_path)), name), wanted[name])
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_a_merge_is_made_again_from_its_artifacts(name: str) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    artifacts = make_method(name, {}).merge(world.inputs()).artifacts()
+    columns = {key.removeprefix("columns/"): value for key, value in artifacts.items() if key.startswith("columns/")}
+    given = MergeInputs(world.bank, resources={"permutation_groups": world.groups, "columns": columns})
+    assert torch.equal(merge_of(world, given, name), merge_of(world, world.inputs(), name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MATCHING)
+def test_matching_on_a_gpu(name: str) -> None:
+    world = World.of(load("mudsc/pair_dual_zip"))
+    wanted = merge_of(world, world.inputs(), name)
+    on_gpu = World.of(load("mudsc/pair_dual_zip"))
+    on_gpu.bank = on_gpu.bank.to("cuda")
+    calibration = {group.name: world.calibration.correlation(group).cuda() for group in world.groups}
+    on_gpu.calibration.correlation = lambda group: calibration[group.name]  # type: ignore[method-assign]
+    on_gpu.calibration.moments = world.calibration.moments
+    torch.testing.assert_close(merge_of(on_gpu, on_gpu.inputs(), name), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_both_ways_to_name_a_setting_are_one_candidate() -> None:

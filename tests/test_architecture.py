@@ -17,13 +17,15 @@ PACKAGE = Path(__file__).parent.parent / "merge_ray"
 # From the top of the house to its foundations; a module may import only rooms below its own.
 ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
-    "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "families", "tasks",
-    "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "progress", "space", "errors",
+    "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "results", "lock",
+    "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints", "caches",
+    "progress", "space", "errors",
 ]  # fmt: skip
 
 # Libraries whose import has another name than their distribution.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "botocore": "boto3",
     "open_clip": "open_clip_torch",
     "skimage": "scikit_image",
     "sklearn": "scikit_learn",

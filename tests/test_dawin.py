@@ -21,11 +21,12 @@ from merge_ray.errors import ParameterError
 from merge_ray.evaluate import Evaluator, TaskModel, UnlabeledSamples
 from merge_ray.families import find_family
 from merge_ray.methods import mixtures, per_sample, shared_forward
-from merge_ray.methods.base import MergeCache, Merged, MergeInputs, Predictor, make_method
+from merge_ray.methods.base import Merged, MergeInputs, Predictor, make_method
 from merge_ray.methods.base import TaskModel as AnyTaskModel
 from merge_ray.methods.dawin import softmax_coefficients
 from merge_ray.methods.dawin_robust import finetuned_share, offset
 from merge_ray.methods.entropies import entropy
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.per_sample import Costs, Line, TaskWeights, outcomes_per_sample
 
 WAYS = ("merge", "shared")

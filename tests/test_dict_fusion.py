@@ -31,9 +31,10 @@ from merge_ray.evaluate import Evaluator, TaskModel, UnlabeledSamples
 from merge_ray.families import Positions, Skeleton, TaskData
 from merge_ray.features import Extractor, open_extractor
 from merge_ray.methods import dict_fusion
-from merge_ray.methods.base import Learner, MergeCache, MergeInputs, make_method
+from merge_ray.methods.base import Learner, MergeInputs, make_method
 from merge_ray.methods.coding import NAMES, Codings, mapping_arrays, new_mapping, read_mapping
 from merge_ray.methods.dict_fusion import DictLearner, DictPredictor
+from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.methods.per_sample import merge_into
 
 State = dict[str, Tensor]
@@ -459,6 +460,13 @@ def test_zero_task_vectors_answer_as_the_base(world: World) -> None:
     base = make_method("pretrained", {}).merge(world.inputs())
     for task, expected in world.evaluator.outcomes(base, "val").items():
         np.testing.assert_allclose(answers[task], expected, atol=1e-6)
+
+
+def test_what_only_learning_uses_makes_no_other_candidate_without_a_step() -> None:
+    given = {"learning_rate": 1e-3, "optimizer": "adamw", "batch_size": 4, "granularity": "layer"}
+    unlearned = make_method("dict_fusion", {**given, "steps": 0}).parameters()
+    assert unlearned == make_method("dict_fusion", {"steps": 0, "granularity": "layer"}).parameters()
+    assert given.items() <= make_method("dict_fusion", {**given, "steps": 1}).parameters().items()
 
 
 def test_one_task_and_fewer_samples_than_a_batch(monkeypatch: pytest.MonkeyPatch, world: World) -> None:

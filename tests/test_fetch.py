@@ -147,8 +147,8 @@ def test_links(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 2: expected `URL` or `URL SHA256`; found 'x_normal.tar'"):
         read_links(file)
     places = [str(link.place) for link in usual_links()]
-    assert len(places) == 5 * 11 + 8
-    assert {"ihlen/segment_semantic", "uvalda/depth_zbuffer", "hiteman/rgb"} <= set(places)
+    assert len(places) == 10 * 11 + 8
+    assert {"ihlen/segment_semantic", "corozal/normal", "uvalda/depth_zbuffer", "hiteman/rgb"} <= set(places)
 
 
 def test_commands(server: Server, tmp_path: Path) -> None:

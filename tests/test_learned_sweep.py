@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from merge_ray.checkpoints import read_weights
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import start_results_actor
-from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.nodes import live_nodes
+from merge_ray.cluster.pool import Host, HostPool
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import LedgerError
 from merge_ray.export import export_merge
@@ -36,7 +38,7 @@ from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
 from merge_ray.report import write_report
-from merge_ray.spec import EvaluationSpec, StudySpec
+from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec
 from merge_ray.spec_files import load_sweeps
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -232,7 +234,11 @@ def test_idle_hosts_take_their_share_of_the_last_candidates(ray_cluster: dict[st
     def ask(*coefficients: float) -> list[Any]:
         methods = [make_method("task_arithmetic", {"scaling_coefficient": value}) for value in coefficients]
         asked = [Candidate.of("sweep", "study", method, 0, "test", fingerprints) for method in methods]
-        pool = HostPool([Sharer.remote() for _ in range(5)], [])  # type: ignore[attr-defined]
+        make = Sharer.options  # type: ignore[attr-defined]
+        pool = HostPool("sharers", HostsSpec(count=1), lambda node, room, options: make(**options).remote())
+        [node] = live_nodes()
+        pool.hosts += [Host(f"sharer-{index}", Sharer.remote(), node, None) for index in range(4)]  # type: ignore[attr-defined]
+        pool.wait_until_ready()
         try:
             return [report for _, report, _ in pool.score_all(asked, None, lambda candidate, host: None)]
         finally:
@@ -313,10 +319,13 @@ def test_losers_are_stopped_while_they_learn_and_a_loss_without_a_number_fails_i
     spec = StudySpec(name="study", method="adamerging", searcher="grid", scheduler="asha", parameters={"steps": 60},
                      space={"learning_rate": rates})  # fmt: skip
     study = Study(spec, template, ["ants"], 5 + 2, {}, 2)
-    pool = HostPool([StandIn.remote()], [])  # type: ignore[attr-defined]
+    make = StandIn.options  # type: ignore[attr-defined]
+    pool = HostPool("learning", HostsSpec(count=1), lambda node, room, options: make(**options).remote())
+    pool.wait_until_ready()
     ledger = start_results_actor(tmp_path, f"{tmp_path.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=2), tmp_path, lambda: None)
+        evaluation, ending = EvaluationSpec(shards=2), threading.Event()
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, evaluation, tmp_path, lambda: None, ending)
     finally:
         pool.close()
         ray.kill(ledger)

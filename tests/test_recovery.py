@@ -27,6 +27,14 @@ STUDIES = {
     "task_arithmetic": {"searcher": "optuna", "trials": 16},
     "ties": {"searcher": "optuna", "scheduler": "asha", "trials": 16},
 }
+HARNESS = Path(__file__).parents[1] / "benchmarks" / "faults.py"
+# Tests that run in the background of a script ignore Ctrl-C, and what they start does.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from merge_ray.cli import main
+main()
+"""
 COLUMNS = ["study", "parameters", "identity", "score", "mean"]
 
 
@@ -55,9 +63,9 @@ def same_leaderboard(directory: Path, undisturbed: Path) -> None:
 def command(spec: Path) -> subprocess.Popen[bytes]:
     """The sweep as a user starts it, on a Ray of its own; what it says goes to ``output`` beside the spec."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}
-    words = [sys.executable, "-m", "merge_ray", "sweep", str(spec)]
+    words = [sys.executable, "-c", START, "sweep", str(spec)]
     with spec.with_name("output").open("w") as output:
-        return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(world: Path, undisturbed: Path) -> None:
@@ -111,3 +119,42 @@ def test_a_killed_actor_is_replaced_and_its_trial_runs_again(world: Path, undist
     assert killed
     assert set(read_rows(spec.directory)["status"]) <= {"complete", "pruned"}
     same_leaderboard(spec.directory, undisturbed)
+
+
+def interrupt(process: subprocess.Popen[bytes], directory: Path, rows: int, times: int) -> str:
+    """Press Ctrl-C so many times once there are so many rows; returns what the command said."""
+    deadline = time.monotonic() + 240
+    while len(ledger_files(directory)) < rows:
+        assert time.monotonic() < deadline and process.poll() is None, "the sweep is over, or does nothing"
+        time.sleep(0.02)
+    for _ in range(times):
+        # A terminal signals all processes of the group, Ray's workers among them.
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait(timeout=120) == 130
+    return (directory.parents[1] / "output").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_sweep_in_order_and_twice_at_once(world: Path, undisturbed: Path) -> None:
+    spec = tiny.write_spec(world, name="interrupted", studies=STUDIES, hosts={"count": 2})
+    directory = world / "results" / "interrupted"
+    assert "goes on from there" in interrupt(command(spec), directory, rows=6, times=2)
+    acknowledged = ledger_files(directory)
+    said = interrupt(command(spec), directory, rows=len(acknowledged) + 2, times=1)
+    assert "best on validation" in said and "goes on from there" in said
+    rows = read_rows(directory)
+    assert set(rows["status"]) <= {"complete", "pruned"}
+    assert set(rows[rows["split"] == "test"]["study"]) == {"pretrained", "finetuned"}
+    process = command(spec)
+    assert process.wait(timeout=240) == 0, spec.with_name("output").read_text()
+    assert ledger_files(directory).items() >= acknowledged.items()
+    same_leaderboard(directory, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_fault_harness_finds_nothing(world: Path, undisturbed: Path) -> None:
+    spec = tiny.write_spec(world, name="harness", studies=STUDIES)
+    words = [sys.executable, str(HARNESS), str(spec), "--rounds", "3", "--seed", str(random.randrange(1000))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 from merge_ray.checkpoints import read_weights, stream_safetensors, write_safetensors
 from merge_ray.cli import app
 from merge_ray.errors import CheckpointError, MergeRayError, SpecError
+from merge_ray.families import find_family
+from merge_ray.families.taskonomy import RELATEDNESS_TASKS, TaskonomyFamily
+from merge_ray.families.taskonomy_network import TaskonomyNetwork
 from merge_ray.progress import Progress
 from merge_ray.relatedness import FieldJob, RelatednessSpec, compute_here, relate
 from merge_ray.relatedness.correlation import correlate, find_reference
@@ -26,7 +29,7 @@ from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import FieldSpec, attributions, gradient_field, pair_samples, quadrature
 from merge_ray.relatedness.pictures import draw_heat_map, draw_tree, similarity_linkage
 from merge_ray.relatedness.samples import cutmix
-from merge_ray.spec_files import check_spec, load_spec
+from merge_ray.spec_files import check_spec, load_any, load_spec
 
 CASES = {path.name: path.name for path in sorted((GOLDEN / "modelgif").iterdir())}
 TARGETS = {1: "map_maxima", 5: "best_channel", 6: "all_outputs"}
@@ -365,9 +368,53 @@ def test_the_command_prints_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("merge_ray.cluster.fields.compute_on_ray", compute_here)
     write_spec(tmp_path)
     result = CliRunner().invoke(app, ["relatedness", str(tmp_path / "spec.yaml"), "--set", "distance=absolute"])
-    assert result.exit_code == 0 and "digits" in result.output and "heat_map.png" in result.output
+    output = result.output.replace("\n", "")  # long paths are wrapped
+    assert result.exit_code == 0 and "digits" in output and "heat_map.png" in output
 
 
-def test_the_quickstart_spec_is_valid() -> None:
-    path = Path(__file__).parents[1] / "sweeps" / "relatedness_quickstart.yaml"
-    assert len(check_spec(RelatednessSpec, yaml.safe_load(path.read_text()), path).locations) == 6
+@pytest.mark.parametrize("name, models", [("relatedness_quickstart", 6), ("relatedness_taskonomy", 5)])
+def test_shipped_specs_are_valid(name: str, models: int) -> None:
+    path = Path(__file__).parents[1] / "sweeps" / f"{name}.yaml"
+    assert len(check_spec(RelatednessSpec, yaml.safe_load(path.read_text()), path).locations) == models
+
+
+def test_the_papers_experiment_is_valid() -> None:
+    path = Path(__file__).parents[1] / "sweeps" / "modelgif_taskonomy.yaml"
+    [spec] = load_any(path)
+    assert isinstance(spec, RelatednessSpec) and tuple(spec.locations) == RELATEDNESS_TASKS
+    assert spec.field == FieldSpec() and spec.samples.mix == "cutmix" and spec.samples.size == 128
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.output.strip() == "valid modelgif_taskonomy: 17 models"
+    result = CliRunner().invoke(app, ["validate", str(path), "--set", "field.target=best_chanel"])
+    assert "did you mean 'best_channel'" in str(result.exception)
+
+
+def test_encoders_of_taskonomy(tmp_path: Path) -> None:
+    family = find_family("taskonomy", "slim")
+    assert isinstance(family, TaskonomyFamily)
+    encoders = {}
+    for seed, name in enumerate(("normal", "reshading")):
+        torch.manual_seed(seed)
+        network = TaskonomyNetwork(family.encoder(), family.decoder(name))
+        encoders[name] = network.encoder.eval()
+        # One model's file is of the encoder alone, the other's of the whole network.
+        state = network.state_dict() if seed else network.encoder.state_dict()
+        write_safetensors(tmp_path / f"{name}.safetensors", state)
+    rooms = {"name": "rooms", "taskonomy": "builtin:rooms", "buildings": {"val": ["maple"]}, "val_size": 10}
+    spec = write_spec(
+        tmp_path,
+        family="taskonomy",
+        architecture="slim",
+        models=str(tmp_path / "{task}.safetensors"),
+        tasks=list(encoders),
+        samples={"tasks": [rooms], "count": 4, "size": 32},
+        field={"target": "map_maxima", "steps": 2},
+    )
+    with Progress() as progress:
+        found = relate(spec, progress)
+    assert 0 < found.distances.to_numpy()[0, 1] < 2
+    images = read_weights(found.directory / "samples.safetensors")["images"]
+    assert images.shape == (4, 3, 32, 32) and images.float().std() > 10
+    [path] = (found.directory / "fields").glob("reshading-*.safetensors")
+    own = torch.cat(list(gradient_field(encoders["reshading"], prepare, images, spec.field, 64)))
+    torch.testing.assert_close(read_weights(path)["field"], own, rtol=1e-4, atol=1e-6)

@@ -6,9 +6,11 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from rows import demo_rows, make_row, write_rows
@@ -16,7 +18,15 @@ from rows import demo_rows, make_row, write_rows
 from merge_ray.errors import LedgerError
 from merge_ray.leaderboard import rank, read_rows, widen
 from merge_ray.report import leaderboard_plot, write_report
-from merge_ray.report.plots import numeric_parameters, plot_parameters, plot_progress, plot_scores, style_of
+from merge_ray.report.plots import (
+    numeric_parameters,
+    plot_pairs,
+    plot_parameters,
+    plot_progress,
+    plot_relatedness,
+    plot_scores,
+    style_of,
+)
 
 
 class Page(HTMLParser):
@@ -141,3 +151,29 @@ def test_only_parameters_that_vary_are_plotted(results: Path) -> None:
     axes = plot_parameters(ties, ("#000000", "o")).axes[0]
     ring = axes.lines[1]
     assert (ring.get_xdata()[0], axes.get_xlabel()) == (0.2, "density")  # type: ignore[index]
+
+
+def test_pairs_are_shown_over_the_distance_between_their_models(tmp_path: Path) -> None:
+    tasks, scores = ["edges", "normals", "depth"], {("edges", "normals"): 0.8, ("depth", "edges"): 0.6}
+    scores[("depth", "normals")] = 0.7
+    rows = [make_row("finetuned", dict.fromkeys(tasks, 0.95), split=split) for split in ("val", "test")]
+    for study in ("zipit", "mudsc"):
+        for pair, score in scores.items():
+            for split in ("val", "test"):
+                changes: dict[str, Any] = {"pair": list(pair), "study": study, "identity": f"{study}{pair}{split}"}
+                rows.append(make_row(study, dict.fromkeys(pair, score), split=split, **changes))
+    directory = write_rows(tmp_path / "pairs", rows)
+    page = Page(write_report(directory).read_text("utf-8"))
+    assert "Relatedness" not in page.text and "The best candidate so far" not in page.text
+    assert all(f"{task} (200 test samples)" in page.text for task in tasks)
+    pairs = plot_pairs(rank(read_rows(directory), by_pair=True)).axes[0]
+    assert [label.get_text() for label in pairs.get_yticklabels()] == ["edges+normals", "depth+normals", "depth+edges"]
+    distances = pd.DataFrame([[0, 0.2, 0.8], [0.2, 0, 0.5], [0.8, 0.5, 0]], tasks, tasks)
+    distances.to_parquet(directory / "relatedness.parquet")
+    page = Page(write_report(directory).read_text("utf-8"))
+    assert "relatedness" in page.ids and "The similarity tree" in page.text
+    figure = plot_relatedness(rank(read_rows(directory), by_pair=True), distances)
+    [axes] = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["mudsc (-1.00)", "zipit (-1.00)"]
+    assert np.sort(np.asarray(axes.lines[0].get_xdata())).tolist() == [0.2, 0.5, 0.8]

@@ -20,7 +20,6 @@ from merge_ray.kernels import DerivedTaskVectors, rows
 from merge_ray.kernels.threads import BLOCK
 from merge_ray.methods.base import (
     LearnedMethod,
-    MergeCache,
     Merged,
     MergeInputs,
     WithOwnTensors,
@@ -28,6 +27,7 @@ from merge_ray.methods.base import (
     find_method,
     make_method,
 )
+from merge_ray.methods.merge_cache import MergeCache
 
 State = dict[str, Tensor]
 BY_COLUMNS = sorted(name for name, method in available_methods().items() if method.by_columns)

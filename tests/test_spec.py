@@ -1,14 +1,16 @@
 """A spec says all its mistakes at once, each with its place, the value, the valid set and the nearest match."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
-from merge_ray.errors import SpecError
+from merge_ray.errors import MergeRayError, SpecError
 from merge_ray.finetune import FinetuneSpec
 from merge_ray.space import Choice, Float, Int, PerTask
 from merge_ray.spec import SweepSpec
@@ -176,6 +178,15 @@ def test_task_defaults_fill_in_the_tasks(tmp_path: Path) -> None:
     ]
 
 
+def test_files_that_parameters_name_are_known(tmp_path: Path) -> None:
+    space = {"mapping": ["a.npz", "b.safetensors"]}
+    study = {"method": "dict_fusion", "parameters": {"feature_extractor": "base"}, "space": space, "searcher": "grid"}
+    masks = {"method": "tall_mask", "parameters": {"masks": "masks.npz"}, "searcher": "grid"}
+    (spec,) = load(tmp_path, studies={"mapping": study, "masks": masks})
+    named = [study.named_files() for study in spec.studies.values()]
+    assert named == [{"a.npz", "b.safetensors"}, {"masks.npz"}]
+
+
 def test_saved_steps_are_searched_as_the_results_page_says(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "results" / "README.md").read_text()
     [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
@@ -192,6 +203,50 @@ def test_a_file_may_hold_several_sweeps(tmp_path: Path) -> None:
     assert [spec.name for spec in load_sweeps(path)] == ["first", "second"]
     with pytest.raises(SpecError, match=r"two.yaml: holds 2 documents, where one is wanted"):
         read_yaml(path)
+
+
+def write_distances(folder: Path) -> None:
+    names = ["digits", "letters", "greek", "shapes"]
+    values = [[0, 0.5, 0.9, 0.2], [0.5, 0, 0.3, 0.8], [0.9, 0.3, 0, 0.7], [0.2, 0.8, 0.7, 0]]
+    pd.DataFrame(values, pd.Index(names, name="model"), names).reset_index().to_parquet(folder / "distances.parquet")
+
+
+def test_models_are_chosen_by_relatedness(tmp_path: Path) -> None:
+    write_distances(tmp_path)
+    locations = {task: f"{task}.pt" for task in ("digits", "letters", "greek", "shapes")}
+    models = {**MODELS, "finetuned": locations, "relatedness": str(tmp_path)}
+    [whole] = load(tmp_path, models=models, tasks=list(locations))
+    assert whole.task_names == list(locations)
+    [spec] = load(tmp_path, models={**models, "nearest": 2, "to": "greek"}, tasks=list(locations))
+    assert spec.task_names == ["letters", "greek", "shapes"]
+    assert set(spec.models.finetuned) == {"letters", "greek", "shapes"}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(json.loads(spec.model_dump_json())))
+    assert load_sweeps(tmp_path / "again.yaml") == [spec]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"nearest": 1}, "give both"),
+        ({"nearest": 1, "to": "digits", "relatedness": None}, "'nearest' needs 'relatedness'"),
+        ({"nearest": 1, "to": "digit"}, "models.to: 'digit' is no task; did you mean 'digits'?"),
+        ({"nearest": 2, "to": "digits"}, "2 models are asked for beside that of 'digits'; there are 1"),
+        ({"relatedness": "published"}, "published: no such file"),
+    ],
+)
+def test_mistakes_about_relatedness(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    write_distances(tmp_path)
+    with pytest.raises(MergeRayError) as caught:
+        load(tmp_path, models={**MODELS, "relatedness": str(tmp_path), **changes})
+    assert said in str(caught.value)
+
+
+def test_a_relatedness_of_other_tasks(tmp_path: Path) -> None:
+    write_distances(tmp_path)
+    models = {**MODELS, "relatedness": str(tmp_path / "distances.parquet")}
+    assert "knows nothing of 'textures'; did you mean" in mistakes(
+        tmp_path, models=models, tasks=["digits", "textures"]
+    )
 
 
 def test_broken_yaml_and_missing_files(tmp_path: Path) -> None:

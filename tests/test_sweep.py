@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.checkpoints import read_weights
-from merge_ray.cluster.ledger import start_results_actor, write_durably
+from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import CheckpointError, DataError, LedgerError, MergeRayError
@@ -24,7 +26,8 @@ from merge_ray.leaderboard import rank, read_rows
 from merge_ray.methods.base import MergeInputs, make_method
 from merge_ray.models import load_bank
 from merge_ray.progress import Progress
-from merge_ray.spec import EvaluationSpec, StudySpec, SweepSpec
+from merge_ray.results import write_durably
+from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.study import Study
 from merge_ray.sweep import run_sweep
@@ -229,9 +232,9 @@ def test_a_directory_is_used_by_one_sweep_at_a_time(world: Path, finished: Path)
             sweep(world)
 
 
-@ray.remote
+@ray.remote(max_restarts=-1, max_task_retries=2)
 class StandIn:
-    """A host whose merges fail for one coefficient, and that makes the ledger unwritable for another."""
+    """A host that fails, hangs or dies on some coefficients, and makes the ledger unwritable on another."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -242,32 +245,74 @@ class StandIn:
         coefficient = candidate.parameters["scaling_coefficient"]
         if coefficient == 0.2:
             raise FloatingPointError("the merged model's logits on 'ants' are not finite")
+        if coefficient == 0.5:
+            raise MemoryError("cannot allocate 7 GiB")
+        if coefficient == 0.6:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when there is no memory left
+        if coefficient == 0.7:
+            time.sleep(1000)
         if coefficient == 0.9:
             (self.directory / "trials").rename(self.directory / "elsewhere")
         return {"objective": coefficient, "mean": coefficient, "normalized_mean": coefficient, "samples": 8}
 
 
-def run_stand_in(directory: Path, coefficients: list[float]) -> None:
+def test_a_candidate_that_names_a_file_is_another_when_its_content_changes() -> None:
+    def identity(mapping: str, content: str) -> str:
+        files = {"a.npz": content, "b.npz": "of another candidate"}
+        fingerprints = Fingerprints("bank", {"val": "data"}, "protocol", files)
+        method = make_method("dict_fusion", {"mapping": mapping, "steps": 0})
+        return Candidate.of("sweep", "study", method, 0, "val", fingerprints).identity
+
+    assert identity("a.npz", "before") != identity("a.npz", "after")
+    assert identity("c.npz", "before") == identity("c.npz", "after"), "a file that it does not name"
+
+
+def run_stand_in(directory: Path, coefficients: list[float], **evaluation: Any) -> None:
     fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
     template = Candidate.of("stand-in", "study", make_method("task_arithmetic", {}), 0, "val", fingerprints)
     space = {"scaling_coefficient": coefficients}
     spec = StudySpec(name="study", method="task_arithmetic", searcher="grid", space=space)
     study = Study(spec, template, ["ants"], 1, {}, 4)
-    host = StandIn.remote(directory)  # type: ignore[attr-defined]
-    pool = HostPool([host], [])
+    make = StandIn.options  # type: ignore[attr-defined]
+    pool = HostPool("stand-in", HostsSpec(count=1), lambda node, room, options: make(**options).remote(directory))
+    pool.wait_until_ready()
     ledger = start_results_actor(directory, f"{directory.name}/results")
     try:
-        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), directory, lambda: None)
+        run_studies(
+            [study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1, **evaluation), directory, lambda: None
+        )
     finally:
         pool.close()
         ray.kill(ledger)
 
 
+def by_coefficient(directory: Path) -> dict[float, dict[str, Any]]:
+    rows: list[Any] = read_rows(directory).to_dict("records")
+    return {json.loads(row["parameters"])["scaling_coefficient"]: row for row in rows}
+
+
 def test_a_failed_candidate_is_a_row_and_the_rest_goes_on(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
     run_stand_in(tmp_path, [0.1, 0.2, 0.4])
-    rows = {json.loads(row["parameters"])["scaling_coefficient"]: row for row in read_rows(tmp_path).to_dict("records")}
+    rows = by_coefficient(tmp_path)
     assert {value: row["status"] for value, row in rows.items()} == {0.1: "complete", 0.2: "failed", 0.4: "complete"}
     assert rows[0.2]["error"] == "FloatingPointError: the merged model's logits on 'ants' are not finite"
+
+
+def test_a_host_without_memory_fails_its_candidate_with_that_reason(
+    tmp_path: Path, ray_cluster: dict[str, Any]
+) -> None:
+    run_stand_in(tmp_path, [0.5, 0.6, 0.4])
+    rows = by_coefficient(tmp_path)
+    assert {value: row["status"] for value, row in rows.items()} == {0.5: "failed", 0.6: "failed", 0.4: "complete"}
+    assert rows[0.5]["error"] == "MemoryError: cannot allocate 7 GiB"
+    assert rows[0.6]["error"].startswith("its host's process was killed each time that it was tried")
+
+
+def test_a_trial_that_hangs_is_ended_and_its_host_goes_on(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    run_stand_in(tmp_path, [0.7, 0.4], trial_seconds=4)
+    rows = by_coefficient(tmp_path)
+    assert {value: row["status"] for value, row in rows.items()} == {0.7: "failed", 0.4: "complete"}
+    assert rows[0.7]["error"] == "it took longer than the 4 s of trial_seconds"
 
 
 def test_a_ledger_that_cannot_be_written_stops_the_sweep_with_the_reason(

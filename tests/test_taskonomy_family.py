@@ -77,6 +77,9 @@ def test_answers_and_losses(family: TaskonomyFamily, name: str, tmp_path: Path) 
     # Shares are of the label average over all samples; these outcomes are of all 20.
     assert data.normalize(average, own)[0] == pytest.approx(0, abs=1e-6)
     assert data.normalize(outcomes, own)[0] == pytest.approx(1)
+    data.average = 8, True
+    assert data.normalize(average, own)[0] != pytest.approx(0, abs=1e-6)
+    assert data.normalize(data.average_outcomes(8, released=True), own)[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_average_label_is_of_each_building(family: TaskonomyFamily, tmp_path: Path) -> None:

@@ -9,14 +9,22 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor
 
-from merge_ray.families import find_family
+from merge_ray.bank import Layout
+from merge_ray.checkpoints import read_weights
+from merge_ray.errors import LedgerError
+from merge_ray.export import export_merge
+from merge_ray.families import Family, find_family
 from merge_ray.families.taskonomy import TaskonomyFamily
 from merge_ray.families.taskonomy_network import TaskonomyNetwork
 from merge_ray.leaderboard import rank, read_rows
+from merge_ray.models import open_task_data
 from merge_ray.progress import Progress
-from merge_ray.spec_files import load_sweeps
+from merge_ray.spec import SweepSpec
+from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.sweep import run_sweep
+from merge_ray.tasks import cache_directory, open_task
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, Any
         "pairs": "all",
         "evaluation": {"shards": 1, "batch_size": 16, "calibration_samples": 16},
         "search": {"searcher": "grid"},
-        "studies": {"weight_average": {}, "mudsc": {"space": {"suffix": ["_act_useperm", ""]}}},
+        "studies": {"weight_average": {}, "mudsc": {"space": {"suffix": ["_act_useperm", "_act_iws_fs"]}}},
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(spec))
     [loaded] = load_sweeps(folder / "sweep.yaml")
@@ -57,7 +65,7 @@ def test_every_pair_is_merged_in_every_way(results: Path) -> None:
     rows = read_rows(results)
     assert set(rows["status"]) == {"complete"}
     counts = rows[rows["split"] == "val"].groupby("study").size().to_dict()
-    assert counts == {"average_label": 1, "finetuned": 1, "weight_average": 3, "mudsc": 6}
+    assert counts == {"average_label": 1, "pretrained": 1, "finetuned": 1, "weight_average": 3, "mudsc": 6}
     pairs = {tuple(pair) for pair in rows.loc[rows["study"] == "mudsc", "pair"]}
     assert pairs == {(TASKS[0], TASKS[1]), (TASKS[0], TASKS[2]), (TASKS[1], TASKS[2])}
 
@@ -68,6 +76,43 @@ def test_scores_are_scaled_between_the_label_average_and_the_own_model(results: 
     assert table["average_label"]["score"] == pytest.approx(0, abs=1e-6)
     assert table["weight_average"]["pairs"] == "3 pairs"
     assert 0.5 < table["weight_average"]["storage_ratio"] < 0.6
+
+
+def test_models_as_published_are_scored_beside_those_after_batch_norm_is_reset(results: Path) -> None:
+    table: dict[Any, Any] = rank(read_rows(results)).set_index("study").to_dict("index")
+    assert table["pretrained"]["kind"] == "reference"
+    family = find_family("taskonomy", "slim")
+    state = read_weights(results.parents[1] / "normal.safetensors")
+    loss = loss_of(family, state, results, "normal")
+    assert table["pretrained"]["loss/normal"] == pytest.approx(loss, rel=1e-5)
+    assert table["finetuned"]["loss/normal"] != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("study", ["mudsc", "weight_average"])
+def test_exported_merges_answer_as_the_sweep_found(results: Path, study: str, tmp_path: Path) -> None:
+    paths = export_merge(results, study, tmp_path, "safetensors", Progress(), "normal+autoencoding")
+    assert [path.stem for path in paths] == ["autoencoding", "normal"]
+    table = rank(read_rows(results), by_pair=True)
+    [row] = table[(table["study"] == study) & (table["pairs"] == "autoencoding+normal")].to_dict("records")
+    family = find_family("taskonomy", "slim")
+    for path in paths:
+        loss = loss_of(family, read_weights(path), results, path.stem)
+        assert loss == pytest.approx(row[f"loss/{path.stem}"], rel=1e-4)
+    with pytest.raises(LedgerError, match=r"no confirmed merge of the pair 'normal\+depth'; did you mean"):
+        export_merge(results, study, tmp_path, "safetensors", Progress(), "normal+depth")
+
+
+def loss_of(family: Family, state: dict[str, Tensor], results: Path, task: str) -> float:
+    """The test loss of a whole network, through a skeleton of its own."""
+    spec = check_spec(SweepSpec, read_yaml(results / "sweep.yaml"), results)
+    [named] = [item for item in spec.tasks if item.name == task]
+    head = family.read_head(open_task(named), state)
+    data = open_task_data(family, named, "test", head, spec.evaluation, torch.device("cpu"), cache_directory())
+    encoder = family.rename(state)
+    skeleton = family.assemble(Layout.of(encoder), {}, "cpu")
+    skeleton.layout.flatten(encoder, skeleton.flat)
+    with torch.inference_mode():
+        return data.score(data.outcomes(skeleton, slice(0, len(data))).numpy())[0]
 
 
 def test_losses_are_kept_by_building(results: Path) -> None:

@@ -17,12 +17,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from merge_ray.checkpoints.weight_files import SHARD_INDEX, weight_files
-from merge_ray.errors import CheckpointError, choose_from
+from merge_ray.checkpoints.weight_files import SHARD_INDEX, SMALL_FILES, weight_files
+from merge_ray.errors import CheckpointError, MissingError, choose_from
 
 FORM = re.compile(r"(?P<data>datasets/)?(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<inside>.*))?")
 ANSWER_SECONDS = 15
-SMALL_FILES = (".json", ".txt")  # configurations and vocabularies
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _wanted(location: HubLocation, files: list[str]) -> list[str]:
     if location.inside in files:
         return [location.inside, *_shards(location.inside, files)]
     if not below:
-        raise CheckpointError(f"{location}: no such file or folder; {choose_from(location.inside, files)}")
+        raise MissingError(f"{location}: no such file or folder; {choose_from(location.inside, files)}")
     if location.kind == "dataset":
         return below
     here = [file for file in below if PurePosixPath(file).parent == folder]

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 
 from merge_ray.checkpoints.hub import open_hub
-from merge_ray.errors import CheckpointError, choose_from
+from merge_ray.checkpoints.s3_files import Wanted, open_s3
+from merge_ray.errors import CheckpointError, MissingError, choose_from
 
 
-def open_location(location: str | Path) -> Path:
+def open_location(location: str | Path, wanted: Wanted | None = None) -> Path:
     """Give the local file or directory for a location, downloading it first where it is remote.
 
     - a path: as it is (``~`` means the home directory), or the only file that matches it (``*_encoder-*.pth``);
     - ``builtin:quickstart/base.safetensors``: a file that ships with merge-ray;
     - ``torchhub:normal_encoder-*.pth``: a file of torch's own cache, or the only one that matches a pattern;
-    - ``hf://owner/name[@revision][/file or folder]``, ``hf://datasets/owner/name...``: from the Hugging Face hub.
+    - ``hf://owner/name[@revision][/file or folder]``, ``hf://datasets/owner/name...``: from the Hugging Face hub;
+    - ``s3://bucket/key``: from S3, see `open_s3`, which alone looks at ``wanted``.
 
     Raises CheckpointError where there is nothing at the location, or it is of a scheme that is not known.
     """
@@ -28,13 +30,23 @@ def open_location(location: str | Path) -> Path:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", text)
     if isinstance(location, Path) or scheme is None:
         return _open_local(Path(text).expanduser())
+    if scheme[1] == "s3":
+        return open_s3(text, wanted)
     opened = SCHEMES.get(scheme[1])
     if opened is None:
         raise CheckpointError(
             f"{text}: a location is a local path or starts with a known scheme, not {scheme[1]!r}; "
-            f"{choose_from(scheme[1], SCHEMES)}"
+            f"{choose_from(scheme[1], [*SCHEMES, 's3'])}"
         )
     return opened(text.removeprefix(scheme[0]))
+
+
+def find_beside(location: str, suffix: str) -> Path | None:
+    """The file that has the name of the one at ``location`` but for its suffix; None where there is none."""
+    try:
+        return open_location(re.sub(r"\.[^./]*$", "", location) + suffix)
+    except MissingError:
+        return None
 
 
 def _open_local(path: Path) -> Path:
@@ -48,8 +60,8 @@ def _open_local(path: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
     if not folder_exists:
-        raise CheckpointError(f"{path}: no such file or directory; its folder {folder} does not exist either")
-    raise CheckpointError(f"{path}: no such file or directory{_nearest(path)}")
+        raise MissingError(f"{path}: no such file or directory; its folder {folder} does not exist either")
+    raise MissingError(f"{path}: no such file or directory{_nearest(path)}")
 
 
 def _only_match(path: Path) -> Path:

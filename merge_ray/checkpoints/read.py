@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -11,31 +10,32 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 
 from merge_ray.checkpoints.collect import collect_weights
 from merge_ray.checkpoints.containers import Container, damage_reported, open_pickled, open_zip
 from merge_ray.checkpoints.locations import open_location
-from merge_ray.checkpoints.weight_files import PICKLED, SAFETENSORS, SHARD_INDEX, weight_files
+from merge_ray.checkpoints.s3_files import Wanted, nothing
+from merge_ray.checkpoints.weight_files import PICKLED, SAFETENSORS, SHARD_INDEX, read_weight_map, weight_files
 from merge_ray.errors import CheckpointError
 
 KINDS = "safetensors; torch state dicts and modules (.pt, .pth, .bin); a directory or a shard index of such files"
 
 
-def read_weights(location: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(location: str | Path, wanted: Wanted | None = None) -> dict[str, torch.Tensor]:
     """Read the tensors at a location, on the CPU, in the file's dtypes and under the file's names.
 
-    The location is a file, a shard index or a directory, in any form that `open_location` takes. Tensors are views of
+    The location is a file, a shard index or a directory, in any form that `open_location` takes. ``wanted(name)`` says
+    which tensors to read, by default all; of safetensors on S3, the others are not fetched. Tensors are views of
     the memory-mapped file where the format allows; writing to them does not change the file. Raises CheckpointError
     where there is nothing to read, the file is damaged, or reading it would take running code.
     """
-    path = open_location(location)
-    return _read_file(_weight_file(path) if path.is_dir() else path)
+    path = open_location(location, wanted)
+    return _read_file(_weight_file(path) if path.is_dir() else path, wanted or (lambda name: True))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text metadata of a safetensors file; empty where it has none. Raises CheckpointError."""
-    path = open_location(path)
+    path = open_location(path, nothing)
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {})
@@ -53,7 +53,7 @@ def fingerprint_file(path: str | Path) -> str:
     digest = _file_digest(path)
     if not path.name.endswith(SHARD_INDEX):
         return digest
-    shards = sorted(set(_weight_map(path).values()))
+    shards = sorted(set(read_weight_map(path).values()))
     parts = [digest, *(_file_digest(shard) for shard in _shard_paths(path, shards))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -84,12 +84,13 @@ def _weight_file(directory: Path) -> Path:
     return directory / files[0]
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, wanted: Wanted) -> dict[str, torch.Tensor]:
     if path.name.endswith(SHARD_INDEX):
-        return _read_shards(path)
-    state = _read_safetensors(path) if _is_safetensors(path) else _read_torch(_open_torch(path))
+        return _read_shards(path, wanted)
+    read = _read_safetensors if _is_safetensors(path) else _read_torch
+    state = read(path, wanted)
     if not state:
-        raise CheckpointError(f"{path}: holds no tensors")
+        raise CheckpointError(f"{path}: holds no tensors, or none that are wanted")
     return state
 
 
@@ -117,9 +118,10 @@ def _foreign(head: bytes) -> str | None:
     return None
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path, wanted: Wanted) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        with safetensors.safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.offset_keys() if wanted(name)}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged safetensors file ({error})") from error
 
@@ -135,22 +137,11 @@ def _open_torch(path: Path) -> Container:
     raise CheckpointError(f"{path}: a file of unknown kind; read are {KINDS}")
 
 
-def _read_torch(container: Container) -> dict[str, torch.Tensor]:
+def _read_torch(path: Path, wanted: Wanted) -> dict[str, torch.Tensor]:
+    container = _open_torch(path)
     with damage_reported(container.path):
         records = collect_weights(container.root, container.path)
-        return {name: container.tensor(record, name) for name, record in records.items()}
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index states it."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a shard index: a JSON object with 'weight_map' is expected") from error
-    if outside := sorted({file for file in files.values() if Path(file).name != file}):
-        raise CheckpointError(f"{index}: names shards outside its own folder: {', '.join(outside)}")
-    return files
+        return {name: container.tensor(record, name) for name, record in records.items() if wanted(name)}
 
 
 def _shard_paths(index: Path, shards: Iterable[str]) -> list[Path]:
@@ -160,10 +151,10 @@ def _shard_paths(index: Path, shards: Iterable[str]) -> list[Path]:
     return paths
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    weight_map = _weight_map(index)
+def _read_shards(index: Path, wanted: Wanted) -> dict[str, torch.Tensor]:
+    weight_map = {name: file for name, file in read_weight_map(index).items() if wanted(name)}
     paths = _shard_paths(index, sorted(set(weight_map.values())))
-    shards = {path.name: _read_file(path) for path in paths}
+    shards = {path.name: _read_file(path, wanted) for path in paths}
     if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in shards[file]]:
         raise CheckpointError(f"{index}: {len(absent)} tensors are not in their shards: {', '.join(absent[:5])}")
     return {name: shards[file][name] for name, file in weight_map.items()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+from merge_ray.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 SHARD_INDEX = ".index.json"
+SMALL_FILES = (".json", ".txt", ".model")  # configurations and vocabularies
 
 # The first that is there counts, whatever else lies beside it.
 USUAL_NAMES = (
@@ -41,3 +45,15 @@ def weight_files(names: Iterable[str]) -> list[str]:
     ]
     # The same weights often lie there in both formats.
     return [name for name in weights if name.endswith(SAFETENSORS)] or weights
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as a shard index states it; raises CheckpointError."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a shard index: a JSON object with 'weight_map' is expected") from error
+    if outside := sorted({file for file in files.values() if Path(file).name != file}):
+        raise CheckpointError(f"{index}: names shards outside its own folder: {', '.join(outside)}")
+    return files

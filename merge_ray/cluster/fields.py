@@ -50,6 +50,7 @@ def _failure(done: Any, job: FieldJob) -> str:
 @ray.remote(max_retries=RETRIES)
 def _compute(job: FieldJob, devices: Devices, directory: Path) -> None:
     torch.set_num_threads(devices.threads)
+    os.environ.update(job.spec.s3.environment())
     if directory.is_dir():
         os.chdir(directory)  # the models' relative paths start there
     job.run(devices.kind)

@@ -25,7 +25,8 @@ from torch import Tensor
 from merge_ray import kernels
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate
-from merge_ray.methods.base import MergeCache, Merged, MergeInputs, with_own_tensors
+from merge_ray.methods.base import Merged, MergeInputs, with_own_tensors
+from merge_ray.methods.merge_cache import MergeCache
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class GatheredWeights(Merged):
     def __init__(self, merged: Merged, bank: ModelBank, group: Group) -> None:
         self.resolved, self.notes, self.shared = merged.resolved, merged.notes, merged.shared
         self._merged, self._bank, self._group = merged, bank, group
+        self.as_published = merged.as_published
         self._holder: Tensor | None = None
 
     def write(self, task: str, out: Tensor) -> None:

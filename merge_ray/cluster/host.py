@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,39 @@ import torch
 from merge_ray import kernels
 from merge_ray.bank import Layout, ModelBank
 from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.cluster.group import GatheredWeights, Group, Member, SliceSetup, take_slices
 from merge_ray.cluster.learned import Learned
+from merge_ray.cluster.nodes import check_versions
+from merge_ray.errors import DataError
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
 from merge_ray.methods.base import (
     LearnedMethod,
     Learner,
-    MergeCache,
     Merged,
     MergeInputs,
     Method,
     SharedWeights,
     with_own_tensors,
 )
+from merge_ray.methods.merge_cache import MergeCache
+from merge_ray.models import open_task_data
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
-from merge_ray.tasks import TaskSpec, open_task
+from merge_ray.tasks import TaskSpec, cache_directory, open_task
 
 
 @dataclass(frozen=True)
 class HostSetup:
     """What a host is told once: all but the bank's arrays, which it maps from shared memory.
 
-    ends: where the slices of the bank start and end ``[G + 1]``, where ``G`` hosts share it.
+    data: the fingerprint of every task's split, by split. files: other files that hosts read. versions: the driver's.
+    directory, cache: where the driver's relative paths start, and its cache of prepared data, on the node ``driver``;
+    other nodes have caches of their own. s3: where S3 is. kept: where hosts that can see it keep what others need,
+    until the sweep ends. ends: where the slices of the bank start and end ``[G + 1]``, where ``G`` hosts share it.
+    node: the name of the host's node.
     """
 
     models: ModelsSpec
@@ -54,10 +62,61 @@ class HostSetup:
     bank_tasks: tuple[str, ...]
     fingerprint: str
     heads: Mapping[str, np.ndarray]
+    data: Mapping[str, Mapping[str, str]]
+    files: tuple[str, ...]
+    versions: Mapping[str, str]
+    driver: str
+    directory: Path
     cache: Path
-    device: str
-    threads: int
+    s3: S3Settings = field(default_factory=S3Settings)
+    kept: Path | None = None
     ends: tuple[int, ...] = ()
+    node: str = ""
+    device: str = "cpu"
+    threads: int = 1
+
+    def enter(self) -> Path:
+        """Make this process one of the sweep's; returns its node's cache.
+
+        Raises :class:`MergeRayError` for other versions than the driver's, and for a file that is not on this node.
+        """
+        check_versions(self.versions)
+        torch.set_num_threads(self.threads)
+        if self.directory.is_dir():
+            os.chdir(self.directory)
+        if ray.get_runtime_context().get_node_id() == self.driver:
+            os.environ["MERGE_RAY_CACHE"] = str(self.cache)
+        if missing := [name for name in self.files if not Path(name).expanduser().exists()]:
+            raise DataError(f"there is no {', no '.join(missing)}; {HOW_FILES_TRAVEL}")
+        return cache_directory()
+
+    def prepare(self, family: Family, split: str, cache: Path) -> None:
+        """Have every task's split in the cache; the first process of the node that asks for it prepares it.
+
+        Raises :class:`DataError` where there are no data, or others than the driver's.
+        """
+        for spec in self.tasks:
+            prepare = family.open_images if split == "train" else family.open_split
+            if prepare(open_task(spec), split, cache).fingerprint != self.data[split][spec.name]:
+                raise DataError(f"{spec.name}: the data of {split} are not those of the driver's node")
+
+
+HOW_FILES_TRAVEL = (
+    "a file must lie at the same path on every node, in the working directory of the job, or where all can read it "
+    "(hf://, s3://)"
+)
+
+
+@ray.remote(num_cpus=0)
+def prepare_node(versions: Mapping[str, str], setups: Sequence[ray.ObjectRef]) -> None:
+    """Prepare the data on a node, or raise :class:`MergeRayError` for what keeps it from the work of the one setup."""
+    # First, for what another version has sent may not even be readable.
+    check_versions(versions)
+    [setup] = ray.get(list(setups))
+    with setup.s3.applied():
+        cache, family = setup.enter(), setup.models.open_family()
+        for split in setup.data:
+            setup.prepare(family, split, cache)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
@@ -70,13 +129,13 @@ class ModelHost:
 
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
         """``shared`` refers to the arrays of the bank's slices and to the tensors that are not merged, by name."""
-        torch.set_num_threads(setup.threads)
+        os.environ.update(setup.s3.environment())
+        cache = setup.enter()
         *slices, last = shared
         arrays, extras = ray.get([slices[0], last])
         self.setup = setup
         self.device = torch.device(setup.device)
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in extras.items()}
-        self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, tensors, setup.fingerprint)
+        self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, _tensors(extras), setup.fingerprint)
         if self.device.type != "cpu":
             self.bank = self.bank.to(self.device)
         family = find_family(setup.models.family, setup.models.architecture)
@@ -86,7 +145,7 @@ class ModelHost:
             self.group = Group(SliceSetup(*common, setup.device, setup.threads), slices, setup.ends)
         self.evaluator = Evaluator(
             family.skeleton(self.bank, self.device),
-            {split: self._load(family, split) for split in ("val", "test")},
+            {split: self._load(family, split, cache) for split in ("val", "test")},
             setup.evaluation.batch_size,
             setup.evaluation.shards,
             setup.evaluation.calibration_samples,
@@ -94,22 +153,19 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(len(self.bank.base) * self.evaluator.skeleton.flat.element_size())
+        self.cache = MergeCache(len(self.bank.base) * self.evaluator.skeleton.flat.element_size(), setup.kept)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
         self.shards: list[dict[str, np.ndarray]] = []
         self._forget()
 
-    def _load(self, family: Family, split: str) -> dict[str, TaskData]:
-        limit = self.setup.evaluation.max_samples if split == "val" else None
-        data = {}
-        for spec in self.setup.tasks:
-            prepared = family.open_split(open_task(spec), split, self.setup.cache)
-            head = torch.from_numpy(self.setup.heads[spec.name].copy()) if family.needs_heads else None
-            data[spec.name] = family.task_data(prepared, head, self.device, limit)
-            if not family.has_base:
-                data[spec.name].calibration = family.open_images(open_task(spec), "train", self.setup.cache)
+    def _load(self, family: Family, split: str, cache: Path) -> dict[str, TaskData]:
+        data, setup = {}, self.setup
+        setup.prepare(family, split, cache)
+        for spec in setup.tasks:
+            head = torch.from_numpy(setup.heads[spec.name].copy()) if family.needs_heads else None
+            data[spec.name] = open_task_data(family, spec, split, head, setup.evaluation, self.device, cache)
         return data
 
     def learn(self, candidate: Candidate, learned: Learned, steps: int) -> Learned:
@@ -155,7 +211,7 @@ class ModelHost:
             "storage_bytes": merged.storage_bytes(),
             "storage_ratio": merged.storage_bytes() / self.inputs.bank.finetuned_bytes,
             "device": _device_name(self.device),
-            "host": socket.gethostname(),
+            "host": self.setup.node,
         }
 
     def outcomes(self, candidate: Candidate, learned: Learned | None, share: int, shares: int) -> dict[str, np.ndarray]:
@@ -286,6 +342,16 @@ class ModelHost:
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
         except (OSError, IndexError):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Tensors over shared memory without a copy; but copies of integers, for batch norm counts in them."""
+    with warnings.catch_warnings():
+        # torch warns that it cannot mark a tensor as read-only; nothing writes to these.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {
+            name: torch.from_numpy(array if array.dtype.kind == "f" else array.copy()) for name, array in arrays.items()
+        }
 
 
 def _device_name(device: torch.device) -> str:

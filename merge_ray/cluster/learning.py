@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,11 +15,18 @@ SAVE_EVERY = 50
 """The most steps that a kill can lose."""
 
 
-def learn_until(host: Any, ledger: Any, candidate: Candidate, learned: Learned, step: int) -> Learned:
-    """Learn on a host until ``step`` steps are done, and save after each call."""
+def learn_until(
+    host: Any,
+    ledger: Any,
+    candidate: Candidate,
+    learned: Learned,
+    step: int,
+    get: Callable[[ray.ObjectRef], Any] = ray.get,
+) -> Learned:
+    """Learn on a host until ``step`` steps are done, and save after each call, whose answer ``get`` waits for."""
     while learned.step < step:
         steps = min(SAVE_EVERY, step - learned.step)
-        learned = ray.get(host.learn.remote(candidate, learned, steps))
+        learned = get(host.learn.remote(candidate, learned, steps))
         save_learned(ledger, candidate, learned)
     return learned
 

@@ -1,41 +1,44 @@
-"""The cluster's memory, and the plan of a sweep on it."""
+"""The plan of a sweep on the cluster's memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
 
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
+from merge_ray.bank import Layout
 from merge_ray.cluster.errors import cause
+from merge_ray.cluster.nodes import Node, Room, live_nodes
 from merge_ray.cluster.plan import Machine, Needs, Plan, make_plan
-from merge_ray.cluster.pool import share_cluster
+from merge_ray.cluster.pool import PATIENCE, adds_nodes
 from merge_ray.errors import MergeRayError
 from merge_ray.methods.base import find_method
-from merge_ray.models import read_layout
 from merge_ray.spec import SweepSpec
 from merge_ray.tasks import cache_directory, open_task
 
 
-def plan_sweep(spec: SweepSpec, base: Mapping[str, Tensor], references: tuple[str, ...]) -> Plan:
-    """Choose how the hosts hold the models, from their shapes; see :func:`merge_ray.cluster.plan.make_plan`.
+def plan_sweep(spec: SweepSpec, layout: Layout, references: Sequence[str]) -> Plan:
+    """Choose how the hosts hold the models; see :func:`merge_ray.cluster.plan.make_plan`.
 
-    references: the methods that run beside the studies'. The tasks' data are in the cache.
+    layout: of the bank. references: the methods that run beside the studies'. The tasks' data are in the cache.
     """
-    device, count, threads = share_cluster(spec.hosts)
-    layout = read_layout(spec.models, spec.task_names, base)
+    nodes = live_nodes()
+    try:
+        room = Room.choose(spec.hosts.model_copy(update={"count": None}) if adds_nodes() else spec.hosts, nodes)
+    except MergeRayError:
+        if not adds_nodes():
+            raise
+        return Plan(1, spec.hosts.count or 0, "hosts with all models each, as soon as there are nodes for them", {})
     dtype = layout.dtype if spec.models.dtype == "auto" else getattr(torch, spec.models.dtype)
-    on_cpu = device == "cpu"
+    on_cpu = room.device == "cpu"
     activations = spec.models.open_family().activation_bytes(spec.evaluation.batch_size)
     data = 0 if on_cpu else _resident_bytes(spec)
     needs = Needs(len(spec.tasks), layout.size, dtype.itemsize, activations, data, on_cpu)
     names = {*references, *(study.method for study in spec.studies.values())}
     methods = [find_method(name) for name in sorted(names)]
-    return make_plan(needs, find_machines(device, threads), count, spec.hosts.device_memory, methods)
+    return make_plan(needs, _machines(room, nodes), spec.hosts.count, spec.hosts.device_memory, methods)
 
 
 def _resident_bytes(spec: SweepSpec) -> int:
@@ -48,32 +51,34 @@ def _resident_bytes(spec: SweepSpec) -> int:
     )
 
 
-def find_machines(device: str, threads: int) -> list[Machine]:
-    """The live nodes' memory; hosts are of ``threads`` cores where they are no GPUs."""
+def _machines(room: Room, nodes: Sequence[Node]) -> list[Machine]:
+    """The nodes' memory."""
     driver = ray.get_runtime_context().get_node_id()
-    machines, probes = [], {}
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        resources = node["Resources"]
-        devices = resources.get("GPU", 0) if device == "cuda" else resources.get("CPU", 0) // threads
-        memory, store = (int(resources.get(kind, 0)) for kind in ("memory", "object_store_memory"))
-        name, is_driver = node["NodeManagerHostname"], node["NodeID"] == driver
-        machine = Machine(name, int(devices), None, memory, store, is_driver)
-        if device == "cuda" and devices >= 1:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            probes[_device_memory.options(scheduling_strategy=here).remote()] = machine
-        else:
-            machines.append(machine)
-    try:
-        found = zip(probes.values(), ray.get(list(probes)), strict=True)
-        return machines + [replace(machine, device_memory=size) for machine, size in found]
-    except RayError as error:
-        raise MergeRayError(f"a GPU's memory cannot be told: {cause(error)}") from None
+    memory = _device_memory(nodes) if room.device == "cuda" else {}
+    return [
+        Machine(node.name, room.on(node), memory.get(node.id), node.memory, node.object_store, node.id == driver)
+        for node in nodes
+    ]
+
+
+def _device_memory(nodes: Sequence[Node]) -> dict[str, int]:
+    """The memory of each node's GPUs by the node's id, but of nodes where all are in use by others."""
+    probes = {_free_memory.options(scheduling_strategy=node.affinity).remote(): node for node in nodes if node.gpus}
+    ready, waiting = ray.wait(list(probes), num_returns=len(probes), timeout=PATIENCE)
+    for probe in waiting:
+        ray.cancel(probe)
+    memory = {}
+    for probe in ready:
+        try:
+            memory[probes[probe].id] = ray.get(probe)
+        except RayError as error:
+            name = probes[probe].name
+            raise MergeRayError(f"node {name}: the memory of its GPUs cannot be told: {cause(error)}") from None
+    return memory
 
 
 @ray.remote(num_gpus=1, num_cpus=0, max_calls=1)
-def _device_memory() -> int:
+def _free_memory() -> int:
     """The bytes that are free on a GPU once it is in use."""
     free, _ = torch.cuda.mem_get_info()
     return free

@@ -86,8 +86,9 @@ class _Job:
     directory: Path
 
     def enter(self, threads: int) -> None:
-        """Make this process fit to work: its threads, and the directory that relative paths start from."""
+        """Make this process fit to work: its threads, where S3 is, and the directory that relative paths start from."""
         torch.set_num_threads(threads)
+        os.environ.update(self.spec.s3.environment())
         if self.directory.is_dir():
             os.chdir(self.directory)
 
@@ -134,6 +135,11 @@ def run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) 
     Raises :class:`MergeRayError` for anything wrong with the data, the base or the output, before Ray starts
     where that can be known.
     """
+    with spec.s3.applied():
+        return _run_finetune(spec, workers_per_task, progress)
+
+
+def _run_finetune(spec: FinetuneSpec, workers_per_task: int, progress: Progress) -> Table:
     spec = spec.model_copy(update={"output": spec.output.expanduser().absolute()})
     cache = cache_directory().absolute()
     spec.output.mkdir(parents=True, exist_ok=True)

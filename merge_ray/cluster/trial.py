@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from merge_ray.candidate import Candidate, ledger_row
-from merge_ray.cluster.errors import cause
+from merge_ray.cluster.errors import cause, is_lost
 from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.learning import learn_until
 from merge_ray.cluster.ledger import forget_learned, load_learned, record
@@ -27,36 +27,41 @@ class MergeTrainable(tune.Trainable):
     ledger, and a trial that starts anew goes on from there.
 
     config: ``search``, the study and its pair, and the ``parameters`` of the method; ``steps`` to learn, 0 for most;
-    ``host``, the index of the leased host; ``cutoffs``, the objective that must be reached after a number of reports
-    to go on. A candidate that fails is a row, and a row that cannot be written is a result with the status
-    ``unrecorded``; Tune sees an error only when this process ends.
+    ``host``, the name of the leased host; ``last``, whether the candidate has failed if that is lost; ``cutoffs``, the
+    objective that must be reached after a number of reports to go on. A candidate that fails is a row, and a row that
+    cannot be written is a result with the status ``unrecorded``; Tune sees an error only when this process ends. A
+    candidate whose host is gone with its node has no row, and a result with the status ``lost``.
     """
 
     def setup(
         self,
         config: dict[str, Any],
         templates: dict[str, Candidate] | None = None,
-        hosts: list[Any] | None = None,
         ledger: Any = None,
         references: dict[str, Any] | None = None,
         shards: int = 1,
         learning_reports: int = 5,
+        seconds: float | None = None,
     ) -> None:
-        """Take what all trials share; a search's template is a candidate but for its parameters."""
-        assert templates is not None and hosts is not None
-        self.templates, self.hosts, self.ledger = templates, hosts, ledger
+        """Take what all trials share; a search's template is a candidate but for its parameters.
+
+        seconds: the time that a trial may take, None for any.
+        """
+        assert templates is not None
+        self.templates, self.ledger, self.seconds = templates, ledger, seconds
         self.references, self.shards, self.parts = references, shards, learning_reports
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start on another candidate: Tune reuses the process of a finished trial."""
         self.candidate = replace(self.templates[new_config["search"]], parameters=new_config["parameters"])
-        self.host = self.hosts[new_config["host"]]
+        self.host_name, self.last, self.host_ended = new_config["host"], new_config["last"], False
         self.cutoffs = {int(reports): value for reports, value in new_config["cutoffs"].items()}
         self.steps = new_config["steps"]
         self.learned: Learned | None = load_learned(self.ledger, self.candidate) if self.steps else None
         self.learning_reports = self.parts if self.steps else 0
         self.curve: list[float] = list(self.learned.curve) if self.learned else []
+        self.deadline = time.monotonic() + self.seconds if self.seconds else None
         # What was learned before this process began is part of the trial.
         self.started = time.perf_counter() - (self.learned.seconds if self.learned else 0.0)
         return True
@@ -67,8 +72,18 @@ class MergeTrainable(tune.Trainable):
         The last shard, a missed cutoff and a failure end the trial with a row.
         """
         try:
+            self.host = ray.get_actor(self.host_name)
+        except ValueError:
+            return self._lose("its host is gone")
+        try:
             report = self._learn() if len(self.curve) < self.learning_reports else self._score_shard()
+        except GetTimeoutError:
+            self.host_ended = True
+            return self._finish("failed", {"error": f"it took longer than the {self.seconds:g} s of trial_seconds"})
         except RayError as error:
+            if is_lost(error):
+                return self._lose(cause(error))
+            self.host_ended = isinstance(error, RayActorError)
             return self._finish("failed", {"error": cause(error)})
         except LedgerError as error:
             return _unrecorded(error)
@@ -77,14 +92,26 @@ class MergeTrainable(tune.Trainable):
             return self._finish("complete", report)
         if done in self.cutoffs and report["objective"] < self.cutoffs[done]:
             return self._finish("pruned", report)
-        return {**_shown(report), "status": "running", "done": False}
+        names = ("objective", "loss", "learned_steps")
+        shown: dict[str, Any] = {name: report[name] for name in names if name in report}
+        return {**shown, "status": "running", "done": False}
+
+    def _get(self, call: ray.ObjectRef) -> Any:
+        """What a host answers, in the time that is left; one that does not is killed, and Ray starts it again."""
+        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            return ray.get(call, timeout=left)
+        except GetTimeoutError:
+            ray.cancel(call)  # or Ray would make the same call again
+            ray.kill(self.host, no_restart=False)
+            raise
 
     def _learn(self) -> dict[str, Any]:
         """Learn one more part, and report the objective on the first shard."""
         assert self.learned is not None
         until = math.ceil(self.steps * (len(self.curve) + 1) / self.learning_reports)
-        learned = learn_until(self.host, self.ledger, self.candidate, self.learned, until)
-        report = ray.get(self.host.score.remote(self.candidate, 0, self.references, learned))
+        learned = learn_until(self.host, self.ledger, self.candidate, self.learned, until, self._get)
+        report = self._get(self.host.score.remote(self.candidate, 0, self.references, learned))
         # The report is saved with the next steps, when it is clear that there are any: a trial that is cut off
         # between a report and what follows from it reports again.
         self.learned = learned.reported(report["objective"])
@@ -97,9 +124,15 @@ class MergeTrainable(tune.Trainable):
 
     def _score_shard(self) -> dict[str, Any]:
         shard = len(self.curve) - self.learning_reports
-        report = ray.get(self.host.score.remote(self.candidate, shard, self.references, self.learned))
+        report = self._get(self.host.score.remote(self.candidate, shard, self.references, self.learned))
         self.curve.append(report["objective"])
         return {**report, **self._learning()}
+
+    def _lose(self, reason: str) -> dict[str, Any]:
+        self.host_ended = True
+        if self.last:
+            return self._finish("failed", {"error": reason})
+        return {"objective": math.nan, "status": "lost", "host_ended": True, "done": True}
 
     def _finish(self, status: str, report: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
@@ -116,8 +149,9 @@ class MergeTrainable(tune.Trainable):
             "objective": math.nan,
             **_shown(report),
             "status": status,
-            "curve": self.curve,
+            "curve": tuple(self.curve),  # of a list, TensorBoard would get a histogram
             "seconds_total": seconds,
+            "host_ended": self.host_ended,
             "done": True,
         }
 

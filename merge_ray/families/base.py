@@ -92,6 +92,8 @@ class TaskData(ABC):
     labels: Tensor
     calibration: PreparedSplit | None = None
     """Samples that statistics of a model are made on, where the family makes them anew after every merge."""
+    average: tuple[int, bool] = 64, False
+    """The label average that losses are scaled from: what :meth:`average_outcomes` is given."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -149,6 +151,13 @@ class TaskData(ABC):
 
     def settle(self, skeleton: Skeleton, batch_size: int, samples: int) -> None:  # noqa: B027  # nothing, for most
         """Make anew what depends on the weights that the skeleton was just given: statistics of batch norm."""
+
+    def state(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        """All tensors that answer this task, under the names that the family reads."""
+        return {name: view.clone() for name, view in skeleton.layout.views(skeleton.flat).items()}
+
+    def restore(self) -> None:  # noqa: B027  # nothing, for most
+        """Undo what :meth:`settle` did to the task's head."""
 
 
 class Family(ABC):
@@ -216,6 +225,10 @@ class Family(ABC):
         """
         raise CheckpointError(f"the family {self.name!r} has no heads")
 
+    def is_of_encoder(self, name: str) -> bool:
+        """Whether an encoder of images may use a saved tensor of this name, in any layout that :meth:`rename` knows."""
+        return True
+
     def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
         """The groups of channels that may be permuted together, observed in ``skeleton``.
 
@@ -229,6 +242,10 @@ class Family(ABC):
     ) -> PreparedSplit:
         """A split's samples without their labels; see :meth:`open_split`."""
         return self.open_split(task, split, cache, progress)
+
+    def shown(self, images: Tensor) -> Any:
+        """What a skeleton takes of ``images`` uint8 ``[B, 3, S, S]``."""
+        return images
 
     def companions(self) -> Path | None:
         """The directory whose tokenizer goes with exported weights, or None."""

@@ -16,10 +16,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from merge_ray.bank import Layout
-from merge_ray.checkpoints import open_location
+from merge_ray.checkpoints import nothing, open_location
 from merge_ray.errors import CheckpointError, SpecError, choose_from
 from merge_ray.families.base import Skeleton, register_family
-from merge_ray.families.clip_names import to_huggingface, to_open_clip
+from merge_ray.families.clip_names import is_of_text, to_huggingface, to_open_clip
 from merge_ray.families.images import ImageEncoder, ImageFamily, ImageSkeleton, Preprocessing, load_tower
 from merge_ray.families.words import WordTokenizer
 
@@ -72,6 +72,10 @@ class ClipFamily(ImageFamily):
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :func:`merge_ray.families.clip_names.to_open_clip`."""
         return to_open_clip(state)
+
+    def is_of_encoder(self, name: str) -> bool:
+        """All but the text tower."""
+        return not is_of_text(name)
 
     def tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under ``visual.``."""
@@ -243,7 +247,7 @@ def _read_config(architecture: str) -> dict[str, Any]:
         near = difflib.get_close_matches(architecture, names, n=8, cutoff=0.3) or names
         valid = choose_from(architecture, near)
         raise SpecError(f"unknown CLIP architecture {architecture!r}, nor is there such a file; {valid}")
-    path = open_location(architecture)
+    path = open_location(architecture, nothing)
     if path.is_dir():
         files = [path / name for name in ("open_clip_config.json", "config.json") if (path / name).exists()]
         if not files:

@@ -17,6 +17,12 @@ from merge_ray.errors import CheckpointError, choose_from
 WRAPPERS = ("module.", "image_encoder.", "model.")
 """Prefixes that modules around an open_clip model put before its names (DataParallel, task_vectors)."""
 
+TEXT = (
+    *("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale"),
+    *("text.", "text_model."),
+)
+"""How the names of the text side begin: open_clip's, and transformers'."""
+
 CONSTANTS = ("attn_mask", "position_ids")
 """Buffers that older versions saved and that follow from the architecture; the mask holds infinities."""
 
@@ -63,6 +69,11 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # task_vectors' ImageClassifier holds its head beside the encoder.
         return {name: tensor for name, tensor in plain.items() if not name.startswith("classification_head.")}
     return _from_huggingface(plain)
+
+
+def is_of_text(name: str) -> bool:
+    """Whether a tensor of this name, in any layout that :func:`to_open_clip` takes, is of the text side alone."""
+    return _unwrap(name).startswith(TEXT)
 
 
 def to_huggingface(state: Mapping[str, Tensor], model: str = "CLIPModel") -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import Layout
-from merge_ray.checkpoints import open_location
+from merge_ray.checkpoints import nothing, open_location
 from merge_ray.errors import CheckpointError, SpecError, choose_from
 from merge_ray.families.base import Family, Skeleton, TaskData, fit_weights, register_family
 from merge_ray.families.text_data import TextData
@@ -49,7 +49,7 @@ class FlanT5Family(Family):
     @cached_property
     def directory(self) -> Path:
         """Where the config and the tokenizer are, on this machine."""
-        path = open_location(self.architecture)
+        path = open_location(self.architecture, nothing)
         return path if path.is_dir() else path.parent
 
     @cached_property

@@ -21,10 +21,12 @@ from merge_ray.families.base import (
     fit_weights,
     register_family,
 )
+from merge_ray.families.images import ImageEncoder, Preprocessing
 from merge_ray.families.taskonomy_network import SIZES, TaskonomyEncoder, TaskonomyNetwork, make_decoder
 from merge_ray.matching import PermutationGroups, derive_groups
 from merge_ray.statistics import reset_batch_norm
 from merge_ray.tasks import PreparedSplit, SceneSplit, Task, prepare_scenes
+from merge_ray.tasks.scenes import to_floats
 from merge_ray.tasks.taskonomy_losses import average_label, mean_loss, sample_losses, scaled_performance
 
 MERGING_TASKS = (
@@ -40,8 +42,6 @@ RELATEDNESS_TASKS = (
 )  # fmt: skip
 """The tasks of the paper on relatedness (ModelGiF), in its order."""
 
-AVERAGED = 64
-"""Samples of a batch when labels are averaged; the average does not depend on it."""
 ENCODER, DECODER = "encoder.", "decoder."
 COUNTER = "num_batches_tracked"
 COMPRESSION = "compress"
@@ -95,9 +95,23 @@ class TaskonomyFamily(Family):
         own = [name for name in skeleton.layout.names if name.startswith(COMPRESSION)]
         return derive_groups(skeleton.encoder, example, path="encoder.", own=own)
 
+    def shown(self, images: Tensor) -> Tensor:
+        """See :meth:`Family.shown`: float32, in [-1, 1]."""
+        return to_floats(images)
+
     def encoder(self) -> TaskonomyEncoder:
         """A new encoder of this size with random weights."""
         return TaskonomyEncoder(self.widths)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Images of this size, in [-1, 1]."""
+        half = (0.5, 0.5, 0.5)
+        return Preprocessing(self.widths.image_size, "bilinear", half, half)
+
+    def image_encoder(self, state: Mapping[str, Tensor], device: torch.device | str) -> ImageEncoder:
+        """The encoder with the weights of ``state``; it answers with codes, as the decoders take them."""
+        return ImageEncoder(_filled(self.encoder(), state, device), self.preprocessing, device, "")
 
     def decoder(self, task: str) -> nn.Module:
         """A new decoder of this size for ``task``, with random weights."""
@@ -141,6 +155,14 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _filled(encoder: TaskonomyEncoder, state: Mapping[str, Tensor], device: torch.device | str) -> TaskonomyEncoder:
+    """``encoder`` with the tensors of ``state``, shared where that can be; counters of batches may be missing."""
+    wanted = encoder.state_dict()
+    counters = {name: tensor for name, tensor in wanted.items() if name.endswith(COUNTER)}
+    encoder.load_state_dict(fit_weights(wanted, {**counters, **state}, device), assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
 class TaskonomySkeleton(Skeleton):
     """An encoder whose merged parameters and running statistics live in one flat buffer; see :class:`Skeleton`."""
 
@@ -150,11 +172,7 @@ class TaskonomySkeleton(Skeleton):
         super().__init__()
         self.layout = layout
         self.flat = torch.zeros(layout.size, device=device)
-        wanted = encoder.state_dict()
-        counters = {name: tensor for name, tensor in wanted.items() if name.endswith(COUNTER)}
-        state = fit_weights(wanted, {**counters, **extras, **layout.views(self.flat)}, device)
-        encoder.load_state_dict(state, assign=True)
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = _filled(encoder, {**extras, **layout.views(self.flat)}, device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Codes ``[B, code, h, w]`` of images float32 ``[B, 3, S, S]`` in [-1, 1]."""
@@ -188,7 +206,7 @@ class SceneData(TaskData):
         self.restore()
 
     def restore(self) -> None:
-        """Give the decoder its saved weights and statistics, which a reset of batch norm has changed."""
+        """See :meth:`TaskData.restore`: give the decoder its saved weights and statistics of batch norm."""
         state = self.decoder.state_dict()
         for name, view in Layout.of(state).views(self._head).items():
             state[name].copy_(view)
@@ -197,6 +215,10 @@ class SceneData(TaskData):
         """The skeleton's encoder and this task's decoder; what is done to it is done to them."""
         assert isinstance(skeleton, TaskonomySkeleton)
         return TaskonomyNetwork(skeleton.encoder, self.decoder)
+
+    def state(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        """See :meth:`TaskData.state`: those of the whole network."""
+        return {name: tensor.clone() for name, tensor in self.network(skeleton).state_dict().items()}
 
     def inputs(self, positions: Positions) -> Tensor:
         """What the network is shown, float32 ``[B, 3, S, S]`` in [-1, 1]."""
@@ -223,7 +245,7 @@ class SceneData(TaskData):
 
         The paper's figure, see :func:`merge_ray.tasks.taskonomy_losses.scaled_performance`.
         """
-        average = self.domains(self.average_outcomes(AVERAGED)[: len(outcomes)])
+        average = self.domains(self.average_outcomes(*self.average)[: len(outcomes)])
         rows = [[part[building] for building in average] for part in (self.domains(outcomes), average)]
         own = np.array([reference[building] for building in average])
         losses, estimator = map(np.array, rows)

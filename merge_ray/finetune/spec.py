@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.errors import choose_from
 from merge_ray.families import find_family
+from merge_ray.results import LocalDirectory
 from merge_ray.tasks import TaskSpec
 
 
@@ -83,7 +84,7 @@ class FinetuneSpec(Recipe):
     """
 
     name: str
-    output: Path
+    output: LocalDirectory
     """The directory for ``base.safetensors``, ``<task>.safetensors`` (with ``lora``: peft's ``<task>/``) and
     ``finetune.json``."""
     family: str = "clip"
@@ -100,6 +101,8 @@ class FinetuneSpec(Recipe):
     dtype: Literal["float32", "float16"] = "float32"
     """What weights are saved in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> FinetuneSpec:

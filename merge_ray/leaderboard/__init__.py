@@ -2,12 +2,21 @@
 
 from merge_ray.leaderboard.published import add_published, published_rows
 from merge_ray.leaderboard.ranking import REFERENCES, best_candidates, rank, write_leaderboard
-from merge_ray.leaderboard.rendering import describe_parameters, display_columns, legend, render, task_names
+from merge_ray.leaderboard.rendering import (
+    describe_parameters,
+    display_columns,
+    legend,
+    render,
+    render_search,
+    task_names,
+)
 from merge_ray.leaderboard.rows import ROW_SCHEMA, read_rows, task_scores, widen
+from merge_ray.leaderboard.writing import RowWriter
 
 __all__ = [
     "REFERENCES",
     "ROW_SCHEMA",
+    "RowWriter",
     "add_published",
     "best_candidates",
     "describe_parameters",
@@ -17,6 +26,7 @@ __all__ = [
     "rank",
     "read_rows",
     "render",
+    "render_search",
     "task_names",
     "task_scores",
     "widen",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pandas as pd
 from merge_ray.errors import LedgerError, choose_from
 from merge_ray.leaderboard.rows import read_rows, widen
 from merge_ray.leaderboard.significance import standard_error, within_noise
+from merge_ray.results import Results, open_results
 
 REFERENCES = ("average_label", "pretrained", "finetuned")
 """The methods that others are measured against; the leaderboard shows them without a rank."""
@@ -181,17 +182,16 @@ def _nothing_confirmed(rows: pd.DataFrame) -> str:
     return f"{found}{hint}; run the sweep again"
 
 
-def write_leaderboard(directory: str | Path, objective: str = "normalized_mean") -> Path:
-    """Rank a results directory's ledger into its ``leaderboard.parquet``; returns the path.
+def write_leaderboard(results: str | Path | Results, objective: str = "normalized_mean") -> Path:
+    """Rank a results directory's ledger into its ``leaderboard.parquet``; returns the path (on S3, of the copy here).
 
     A sweep over pairs has a ``pairs.parquet`` beside it, with a line for each pair. Files are replaced in one step.
     """
-    path, rows = Path(directory) / "leaderboard.parquet", read_rows(directory)
-    tables = {path: rank(rows, objective)}
-    if (tables[path]["pairs"].fillna("") != "").any():
-        tables[path.with_name("pairs.parquet")] = rank(rows, objective, by_pair=True)
+    opened = open_results(results, "trials/")
+    rows = read_rows(opened)
+    tables = {"leaderboard.parquet": rank(rows, objective)}
+    if (tables["leaderboard.parquet"]["pairs"].fillna("") != "").any():
+        tables["pairs.parquet"] = rank(rows, objective, by_pair=True)
     for name, table in tables.items():
-        aside = name.with_name(f".{name.name}.{os.getpid()}")
-        table.to_parquet(aside, index=False)
-        os.replace(aside, name)
-    return path
+        opened.write(name, partial(table.to_parquet, index=False))
+    return opened.directory / "leaderboard.parquet"

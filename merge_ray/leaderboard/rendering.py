@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from merge_ray.errors import LedgerError, choose_from
+from merge_ray.leaderboard.ranking import best_candidates
 
 FORMATS = ("table", "csv", "json", "markdown")
 SHOWN_PUBLISHED = 12
@@ -58,6 +59,23 @@ def render(table: pd.DataFrame, format: str = "table", width: int | None = None)
     if format == "table":
         return _terminal(table, width or shutil.get_terminal_size((100, 24)).columns)
     raise LedgerError(f"a leaderboard cannot be shown as {format!r}; {choose_from(format, FORMATS)}")
+
+
+def render_search(rows: pd.DataFrame) -> str:
+    """The best validation score of every study so far, for a sweep that has not confirmed them, best first.
+
+    rows: the ledger's; see :func:`read_rows`.
+    """
+    best = best_candidates(rows).sort_values("objective", ascending=False)
+    scored = rows[rows["split"] == "val"].groupby(["study", "pair"]).size()
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+    for heading in ("study", "best on validation", "candidates", "parameters"):
+        grid.add_column(heading, justify="right" if heading in ("best on validation", "candidates") else "left")
+    for row in best.to_dict("records"):
+        name = " ".join([row["study"], "+".join(row["pair"])]).strip()
+        counted, parameters = str(scored[row["study"], row["pair"]]), describe_parameters(row["parameters"])
+        grid.add_row(*map(escape, (name, f"{row['objective']:.4f}", counted, parameters)))
+    return _printed(shutil.get_terminal_size((100, 24)).columns, grid)
 
 
 def display_columns(table: pd.DataFrame) -> list[Column]:
@@ -206,14 +224,17 @@ def _terminal(table: pd.DataFrame, width: int) -> str:
     for place, (_, row), note in zip(front[0].cells, shown.iterrows(), _parameters(shown).cells, strict=True):
         if note:
             notes.add_row(place, escape(_name(row)), escape(note))
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(grid)
-    console.print()
-    console.print(notes)
-    console.print()
-    console.print("\n".join(legend(shown)), highlight=False)
+    told = legend(shown)
     if others.any():
-        told = f"Of each published method its highest mean is shown; --format csv has the other {others.sum()} rows."
-        console.print(told, highlight=False)
+        told.append(
+            f"Of each published method its highest mean is shown; --format csv has the other {others.sum()} rows."
+        )
+    return _printed(width, grid, "", notes, "", "\n".join(told))
+
+
+def _printed(width: int, *parts: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    for part in parts:
+        console.print(part)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"

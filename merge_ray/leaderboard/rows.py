@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from merge_ray.errors import LedgerError
+from merge_ray.results import Results, open_results
 
 TASK_SCORE = pa.struct(
     [
@@ -73,29 +74,54 @@ ROW_SCHEMA = pa.schema(
 """The columns of ``trials/*.parquet``; ``results/README.md`` says what each means."""
 
 
-def read_rows(results: str | Path | Iterable[str | Path]) -> pd.DataFrame:
-    """Read the ledgers of one or several results directories, oldest row first.
+def read_rows(results: str | Path | Results | Iterable[str | Path]) -> pd.DataFrame:
+    """Read the ledgers of one or several results directories, also on S3, oldest row first.
 
     Files that are still being written (hidden, or not ``.parquet``) are left out. Raises :class:`LedgerError`
     for a directory without a ledger and for a row that cannot be read, naming it.
     """
-    directories = [results] if isinstance(results, (str, Path)) else list(results)
-    files = [file for directory in directories for file in _row_files(Path(directory))]
-    try:
-        table = pads.dataset(files, schema=ROW_SCHEMA, format="parquet").to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise LedgerError(_unreadable(files) or f"the ledger cannot be read: {error}") from error
-    rows = table.to_pandas()
+    locations = [results] if isinstance(results, (str, Path, Results)) else list(results)
+    opened = [open_results(location, "trials/") for location in locations]
+    rows = pa.concat_tables([without_doubles(_read_ledger(results)) for results in opened]).to_pandas()
     # Rows from before there were pairs have none.
     rows["pair"] = rows["pair"].map(lambda pair: () if pair is None else tuple(pair))
     return rows.sort_values(["time", "identity"], kind="stable", ignore_index=True)
 
 
-def _row_files(directory: Path) -> list[str]:
-    trials = directory / "trials"
-    if not trials.is_dir():
-        raise LedgerError(f"{directory} is not a results directory: it has no folder 'trials'")
-    return sorted(str(path) for path in trials.glob("*.parquet") if not path.name.startswith("."))
+def _read_ledger(results: Results) -> pa.Table:
+    if not (results.directory / "trials").is_dir():
+        raise LedgerError(f"{results.location} is not a results directory: it has no folder 'trials'")
+    while True:
+        files = row_files(results.directory)
+        try:
+            return read_files(files)
+        except FileNotFoundError:
+            # Compacted meanwhile: its rows are in another file now.
+            if files == row_files(results.directory):
+                raise
+        except (pa.ArrowException, OSError) as error:
+            raise LedgerError(_unreadable(files) or f"the ledger cannot be read: {error}") from error
+
+
+def row_files(directory: Path) -> list[str]:
+    """The files of a ledger."""
+    return sorted(str(path) for path in (directory / "trials").glob("*.parquet") if not path.name.startswith("."))
+
+
+def read_files(files: Sequence[str]) -> pa.Table:
+    """The rows of some files of a ledger."""
+    return pads.dataset(list(files), schema=ROW_SCHEMA, format="parquet").to_table()
+
+
+def without_doubles(table: pa.Table) -> pa.Table:
+    """Each study's candidates once: rows stand in two files where a crash came between compacting and removing.
+
+    Such rows are equal, but where a candidate that had failed was scored again: then the failure goes.
+    """
+    keys = table.select(["study", "identity", "status", "time"]).to_pandas()
+    keys["scored"] = keys["status"] != "failed"
+    last = keys.sort_values(["scored", "time"], kind="stable").drop_duplicates(["study", "identity"], keep="last")
+    return table.take(pa.array(sorted(last.index), pa.int64()))
 
 
 def _unreadable(files: list[str]) -> str | None:

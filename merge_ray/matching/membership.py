@@ -43,7 +43,7 @@ class Membership:
         With ``scaled`` they are multiplied by :attr:`scale`: as the outputs of a layer are merged, while the weights
         that read a merged channel are added up.
         """
-        columns = self.columns[model]
+        columns = self.columns[model].to(tensor.device)
         kept = columns >= 0
         if not bool(kept.all()):
             columns, tensor = columns[kept], tensor.index_select(axis, kept.nonzero()[:, 0])
@@ -53,4 +53,7 @@ class Membership:
             merged = tensor.index_select(axis, columns.argsort())
         else:
             merged = tensor.new_zeros(shape).index_add_(axis, columns, tensor)
-        return merged.mul_(self.scale.view([-1 if a == axis else 1 for a in range(tensor.dim())])) if scaled else merged
+        if not scaled:
+            return merged
+        scale = self.scale.to(tensor.device)
+        return merged.mul_(scale.view([-1 if a == axis else 1 for a in range(tensor.dim())]))

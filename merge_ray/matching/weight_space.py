@@ -98,7 +98,8 @@ def weight_matching_similarity(
 
     All tensors of the group take part, running statistics too: the sum of their products over that of their norms.
     """
-    dots, norms = torch.zeros(group.size, group.size), torch.zeros(group.size, group.size)
+    device = first[group.members[0].tensor].device
+    dots, norms = (torch.zeros(group.size, group.size, device=device) for _ in range(2))
     for member in group.members:
         one = groups.rows(group, member, first[member.tensor], 0, memberships)
         two = groups.rows(group, member, second[member.tensor], 1, memberships)
@@ -122,7 +123,7 @@ def match_weights(
         progress, before, after = False, 0.0, 0.0
         for index in order:
             group = groups.groups[index]
-            similarity = weight_matching_similarity(first, second, groups, group, memberships).numpy()
+            similarity = weight_matching_similarity(first, second, groups, group, memberships).numpy(force=True)
             channels = np.arange(group.size)
             old = similarity[channels, found[group.name]].sum(dtype=np.float64) if group.name in found else 0.0
             permutation, _ = assign(similarity, group.heads)

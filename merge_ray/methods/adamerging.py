@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank
+from merge_ray.checkpoints import find_beside, open_location
 from merge_ray.errors import CheckpointError, ParameterError
 from merge_ray.methods.base import LearnedMethod, Learner, Merged, MergeInputs, SharedWeights, param, register
 from merge_ray.methods.entropies import entropy
@@ -89,7 +89,7 @@ class AdaMerging(LearnedMethod):
         2, valid=Int(1, 1000), help="batches of every task in a step; the authors' code takes 2"
     )
     coefficients: str | Mapping[str, Any] | None = param(
-        None, valid=Coefficients(), help="learned coefficients to merge with, in place of learning them"
+        None, valid=Coefficients(), file=True, help="learned coefficients to merge with, in place of learning them"
     )
 
     @property
@@ -259,11 +259,12 @@ def read_coefficients(location: str) -> tuple[dict[str, np.ndarray], tuple[str, 
 
     Raises :class:`CheckpointError` for a file that holds none.
     """
-    path = Path(location)
+    path = open_location(location)
     try:
         if path.suffix == ".safetensors":
             # The names of the layers are text, and lie beside.
-            about = json.loads(path.with_suffix(".json").read_text())
+            beside = find_beside(location, ".json")
+            about = json.loads(beside.read_text()) if beside else {}
             arrays = load_file(path) | {name: np.array(about[name]) for name in ("layers",) if name in about}
         else:
             with np.load(path, allow_pickle=False) as file:

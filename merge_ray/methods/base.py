@@ -30,13 +30,16 @@ gives samples without their labels, ``permutation_groups`` says which channels o
 ``calibration`` has statistics of the models' activations; ``labels`` is for references that answer with them."""
 
 
-def param(default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, help: str) -> Any:
+def param(
+    default: Any, *, valid: Space, search: Space | None = None, per_task: bool = False, file: bool = False, help: str
+) -> Any:
     """Declare a method's parameter: the one source for validation, the search space and the documentation.
 
     ``valid`` is the set of allowed values, ``search`` what a sweep tries unless told otherwise (None: the default
-    only). With ``per_task`` a value may also be a mapping of every task to a value of ``valid``.
+    only). With ``per_task`` a value may also be a mapping of every task to a value of ``valid``. With ``file`` a text
+    is the location of a file, whose content is part of a candidate's identity.
     """
-    metadata = {"valid": valid, "search": search, "per_task": per_task, "help": help}
+    metadata = {"valid": valid, "search": search, "per_task": per_task, "file": file, "help": help}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -52,6 +55,8 @@ class Merged(ABC):
     notes: tuple[str, ...] = ()
     keeps_own: bool = False
     """Whether tensors that a family leaves to each task are in the weights, task by task."""
+    as_published: bool = False
+    """Whether statistics of batch norm stay as they are in the weights, where a family makes them anew."""
 
     @abstractmethod
     def write(self, task: str, out: Tensor) -> None:
@@ -119,7 +124,7 @@ class WithOwnTensors(Merged):
 
 
 def with_own_tensors(merged: Merged, bank: ModelBank, own: frozenset[str]) -> Merged:
-    """The merge, with every task's own of the tensors ``own`` where it has not kept them itself."""
+    """The merge, with every task's own of the tensors ``own`` that a family leaves to it."""
     return merged if not own or merged.keeps_own else WithOwnTensors(merged, bank, own)
 
 
@@ -196,6 +201,11 @@ class MergeInputs:
         """Statistics of the models' activations on unlabelled samples."""
         return self._need("calibration")
 
+    @property
+    def columns(self) -> Mapping[str, np.ndarray] | None:
+        """Every group's matched columns, where this merge was made before and they are given."""
+        return self._resources.get("columns")
+
     def provide(self, **resources: Any) -> None:
         """Answer more of the method's needs."""
         self._resources.update(resources)
@@ -217,16 +227,17 @@ class MergeInputs:
             raise ParameterError(f"a value per task is given for {sorted(value)}; the tasks are {tasks}")
         return [float(value[task]) for task in self.bank.tasks]
 
-    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
         """``compute()``, or its result from an earlier candidate that shares this expensive part.
 
         The result is read-only for the caller: the next candidate gets the same tensor. The hosts of a group compute
-        it together where one of them has it no more.
+        it together where one of them has it no more. keep: for small results that take long; other hosts get them too,
+        and a sweep that goes on. The ``key`` must then say all but the models.
         """
         whole_key = (self.bank.tasks, key)
         if int(self.total(np.array(whole_key not in self._cache, dtype=np.int64))):
             self._cache.forget(whole_key)
-        return self._cache.get(whole_key, compute)
+        return self._cache.get(whole_key, compute, keep)
 
 
 @dataclasses.dataclass(frozen=True)

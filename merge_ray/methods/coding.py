@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_ray.bank import ModelBank
-from merge_ray.checkpoints import open_location, read_weights
+from merge_ray.checkpoints import find_beside, open_location, read_weights
 from merge_ray.errors import CheckpointError
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -88,7 +88,7 @@ def read_mapping(location: str, features: int, extractor: str, codings: Codings)
     Raises :class:`CheckpointError` where the file holds no mapping, or one for other features, tasks or layers.
     """
     path = open_location(location)
-    weights, about = _read(path)
+    weights, about = _read(path, location)
     problem = _misfit(weights, about, features, extractor, codings)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
@@ -100,7 +100,7 @@ def read_mapping(location: str, features: int, extractor: str, codings: Codings)
     return mapping
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[str] | None]]:
+def _read(path: Path, location: str) -> tuple[dict[str, Tensor], dict[str, list[str] | None]]:
     """The mapping's tensors, and what is known of its outputs."""
     arrays = _read_npz(path) if path.suffix == ".npz" else read_weights(path)
     arrays = {name.removeprefix(PREFIX): tensor for name, tensor in arrays.items()}
@@ -112,8 +112,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[str] | None]]:
         )
     if "about" in arrays:
         return weights, _named(arrays["about"].numpy().tobytes(), path)
-    beside = path.with_suffix(".json")
-    return weights, _named(beside.read_bytes() if beside.is_file() else b"{}", beside)
+    beside = find_beside(location, ".json")
+    return weights, _named(beside.read_bytes(), beside) if beside else _named(b"{}", path)
 
 
 def _named(text: bytes, path: Path) -> dict[str, list[str] | None]:

@@ -28,6 +28,7 @@ from merge_ray.methods.base import (
     Predictor,
     TaskModel,
     param,
+    parameter_fields,
     register,
 )
 from merge_ray.methods.coding import PREFIX, Codings, mapping_arrays, new_mapping, read_mapping
@@ -98,13 +99,19 @@ class DictFusion(LearnedMethod):
         valid=Location(),
         help="what describes the samples: an image model or sentence encoder, as a directory or on the hub, or 'base'",
     )
-    mapping: str | None = param(None, valid=Location(optional=True), help="a saved mapping to begin with")
+    mapping: str | None = param(None, valid=Location(optional=True), file=True, help="a saved mapping to begin with")
     initial_coefficient: float = param(0.3, valid=Float(-10, 10), help="every coding of a new mapping")
     learning_rate: float = param(1e-5, valid=Float(0, 1), search=Float(1e-6, 1e-3, log=True), help="of the optimizer")
     optimizer: str = param("adam", valid=Choice(tuple(OPTIMIZERS)), help="adamw decays weights by 0.01")
     batch_size: int = param(16, valid=Int(1, 4096), help="samples of each task in a step")
 
     by_sample = True
+
+    def parameters(self) -> dict[str, Any]:
+        """See :meth:`Method.parameters`; without a step, what only learning uses is left at its default."""
+        learning = ("learning_rate", "optimizer", "batch_size") if self.steps == 0 else ()
+        unused = {name: field.default for name, field in parameter_fields(type(self)).items() if name in learning}
+        return {**super().parameters(), **unused}
 
     def learner(self, inputs: MergeInputs) -> Learner:
         """See :class:`DictFusion`."""

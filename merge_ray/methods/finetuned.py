@@ -14,7 +14,10 @@ from merge_ray.methods.base import Merged, MergeInputs, Method, register
 @register("finetuned", paper="the fine-tuned models, a reference", by_columns=True)
 @dataclass(frozen=True)
 class Finetuned(Method):
-    """``theta_0 + tau_t`` for task ``t``: the fine-tuned model up to the rounding of the subtraction."""
+    """``theta_0 + tau_t`` for task ``t``: the fine-tuned model up to the rounding of the subtraction.
+
+    Where batch norm is reset for all models that are compared, for these too; ``pretrained`` are those as published.
+    """
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """See :class:`Finetuned`."""
@@ -28,6 +31,7 @@ class OwnWeights(Merged):
     resolved: Method
     bank: ModelBank
     coefficient: float = 1.0
+    as_published: bool = False
     shared = False
     keeps_own = True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.bank import ModelBank
+from merge_ray.checkpoints import open_location
 from merge_ray.errors import CheckpointError, ParameterError
 from merge_ray.methods.base import Merged, MergeInputs, Method, param
 from merge_ray.methods.task_arithmetic import sum_task_vectors
@@ -141,9 +141,7 @@ def read_masks(location: str, bank: ModelBank) -> dict[str, np.ndarray]:
 
     Raises :class:`CheckpointError` for a file that does not fit.
     """
-    path = Path(location)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file of masks")
+    path = open_location(location)
     try:
         with np.load(path, allow_pickle=False) as file:
             masks = {name.removeprefix(MASK): file[name] for name in file.files if name.startswith(MASK)}

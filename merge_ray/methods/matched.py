@@ -24,12 +24,14 @@ def model_views(bank: ModelBank, index: int) -> dict[str, Tensor]:
 def cached_memberships(
     inputs: MergeInputs, key: Hashable, compute: Callable[[], Memberships], epsilon: float = 1e-5
 ) -> Memberships:
-    """Every group's membership, its columns shared between candidates.
+    """Every group's membership, its columns shared between candidates, and not computed where they are given.
 
     Raises :class:`CheckpointError` for groups that do not close over the bank's tensors, and :class:`ParameterError`
     where a group keeps another number of channels than it had.
     """
     groups, bank = inputs.permutation_groups, inputs.bank
+    if (given := inputs.columns) is not None:
+        return {group.name: Membership(torch.from_numpy(given[group.name]), group.size, epsilon) for group in groups}
 
     def pack() -> Tensor:
         groups.check({entry.name: entry.shape for entry in bank.layout.entries})
@@ -42,13 +44,19 @@ def cached_memberships(
                 )
         return torch.cat([memberships[group.name].columns for group in groups], dim=1)
 
-    parts = inputs.cached(key, pack).split([group.size for group in groups], dim=1)
+    parts = inputs.cached(key, pack, keep=True).split([group.size for group in groups], dim=1)
     return {group.name: Membership(part, group.size, epsilon) for group, part in zip(groups, parts, strict=True)}
 
 
 def calibration_notes(inputs: MergeInputs) -> tuple[str, ...]:
     """A warning where correlations of activations rest on fewer values than there are channels."""
-    seen = {group: inputs.calibration.observations(group) for group in inputs.permutation_groups}
+    if inputs.columns is not None:
+        return ()
+    groups, calibration = list(inputs.permutation_groups), inputs.calibration
+    counts = inputs.cached(
+        "observations", lambda: torch.tensor([calibration.observations(group) for group in groups]), keep=True
+    )
+    seen = dict(zip(groups, counts.tolist(), strict=True))
     short = [group for group in seen if seen[group] < group.size]
     if not short:
         return ()

@@ -59,7 +59,7 @@ class TallMask(Method):
     mask_lambdas: tuple[float, ...] = mask_lambdas_param()
     multi_task_vector: str = multi_task_vector_param()
     density: float = density_param()
-    masks: str | None = param(None, valid=MaskFile(), help="saved masks to use in place of making them")
+    masks: str | None = param(None, valid=MaskFile(), file=True, help="saved masks to use in place of making them")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """See :class:`TallMask`."""

@@ -23,12 +23,13 @@ from merge_ray.bank import digest
 from merge_ray.candidate import fingerprint_of
 from merge_ray.checkpoints import fingerprint_file, read_weights, stream_safetensors, write_safetensors
 from merge_ray.errors import CheckpointError, SpecError
-from merge_ray.families import ImageEncoder, Preprocessing, find_family
+from merge_ray.families import Family, ImageEncoder, Preprocessing, find_family
 from merge_ray.progress import Progress
 from merge_ray.relatedness.correlation import correlate, find_reference
 from merge_ray.relatedness.distances import field_distances
 from merge_ray.relatedness.fields import gradient_field
-from merge_ray.relatedness.samples import make_samples
+from merge_ray.relatedness.nearest import DISTANCES
+from merge_ray.relatedness.samples import SamplesSpec, make_samples
 from merge_ray.relatedness.spec import RelatednessSpec
 from merge_ray.tasks import cache_directory
 
@@ -44,6 +45,9 @@ class EncoderFamily(Protocol):
     @property
     def preprocessing(self) -> Preprocessing:
         """How images are prepared for it."""
+
+    def is_of_encoder(self, name: str) -> bool:
+        """Whether the encoder may use a saved tensor of this name."""
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``state`` in native names."""
@@ -67,7 +71,8 @@ class FieldJob:
     def run(self, device: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Compute the field and write it; ``progress(done, total)`` counts samples."""
         family = _family(self.spec)
-        encoder = family.image_encoder(family.rename(read_weights(self.spec.locations[self.model])), device)
+        state = read_weights(self.spec.locations[self.model], family.is_of_encoder)
+        encoder = family.image_encoder(family.rename(state), device)
         encoder.eval().requires_grad_(False)
         images = read_weights(self.spec.directory / SAMPLES)["images"]
         parts = gradient_field(encoder.tower, encoder.prepare, images, self.spec.field, self.spec.batch_size)
@@ -144,6 +149,13 @@ def relate(
     compute: how fields that are missing are computed. Raises :class:`merge_ray.errors.MergeRayError` for models or
     samples that cannot be used.
     """
+    with spec.s3.applied():
+        return _relate(spec, progress, compute)
+
+
+def _relate(
+    spec: RelatednessSpec, progress: Progress, compute: Callable[[list[FieldJob], Progress], None]
+) -> Relatedness:
     spec = spec.model_copy(update={"results": spec.results.expanduser().absolute()})
     spec.directory.mkdir(parents=True, exist_ok=True)
     with progress.step("make the samples"):
@@ -161,10 +173,18 @@ def relate(
     return found
 
 
+def read_images(location: str, family: Family, count: int) -> Tensor:
+    """``count`` images of a folder or glob as ``family`` takes them: uint8 ``[count, 3, S, S]``."""
+    return make_samples(SamplesSpec(files=location, count=count), _encoder(family).preprocessing, cache_directory())
+
+
 def _family(spec: RelatednessSpec) -> EncoderFamily:
-    family = find_family(spec.family, spec.architecture)
+    return _encoder(find_family(spec.family, spec.architecture))
+
+
+def _encoder(family: Family) -> EncoderFamily:
     if not isinstance(family, EncoderFamily):
-        raise SpecError(f"the family {spec.family!r} has no encoder of images")
+        raise SpecError(f"the family {family.name!r} has no encoder of images")
     return family
 
 
@@ -202,7 +222,7 @@ def _write(spec: RelatednessSpec, found: Relatedness) -> None:
     # Imported here: workers that compute fields have no use for matplotlib.
     from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 
-    _save(spec.directory / "distances.parquet", found.distances.reset_index())
+    _save(spec.directory / DISTANCES, found.distances.reset_index())
     (spec.directory / "correlation.parquet").unlink(missing_ok=True)
     if found.correlation is not None:
         _save(spec.directory / "correlation.parquet", found.correlation.reset_index())

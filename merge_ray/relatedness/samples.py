@@ -15,9 +15,10 @@ from torch import Tensor
 
 from merge_ray.errors import DataError
 from merge_ray.families import Preprocessing
-from merge_ray.tasks import TaskSpec, open_task
+from merge_ray.tasks import TaskSpec, open_task, prepare_scenes
 from merge_ray.tasks.decode import decode
 from merge_ray.tasks.source import IMAGE_SUFFIXES
+from merge_ray.tasks.taskonomy_labels import IMAGE
 
 
 class SamplesSpec(BaseModel):
@@ -94,13 +95,21 @@ def _from_tasks(
     shares = [len(part) for part in np.array_split(np.arange(spec.count), len(spec.tasks))]
     parts = []
     for task, share in zip(spec.tasks, shares, strict=True):
-        images = open_task(task).cached(spec.split, size, interpolation, cache).images
+        images = _task_images(task, spec.split, size, interpolation, cache)
         if len(images) < share:
             raise DataError(
                 f"samples: task {task.name!r} has {len(images)} images in its {spec.split} split; its share is {share}"
             )
         parts.append(images[np.sort(generator.choice(len(images), share, replace=False))])
     return torch.from_numpy(np.concatenate(parts)[generator.permutation(spec.count)])
+
+
+def _task_images(task: TaskSpec, split: str, size: int, interpolation: str, cache: Path) -> np.ndarray:
+    """uint8 ``[N, 3, size, size]``."""
+    opened = open_task(task)
+    if task.taskonomy is not None:
+        return prepare_scenes(opened, split, size, cache, labels=False).layers[IMAGE]
+    return opened.cached(split, size, interpolation, cache).images
 
 
 def _from_files(location: str, count: int, size: int, interpolation: str, generator: np.random.Generator) -> Tensor:

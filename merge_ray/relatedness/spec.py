@@ -9,11 +9,13 @@ from typing import Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from merge_ray.checkpoints.s3 import S3Settings
 from merge_ray.families import find_family
 from merge_ray.relatedness.correlation import find_reference
 from merge_ray.relatedness.distances import Distance, Steps
 from merge_ray.relatedness.fields import FieldSpec
 from merge_ray.relatedness.samples import SamplesSpec
+from merge_ray.results import LocalDirectory
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -24,7 +26,7 @@ class RelatednessSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    results: Path = Path("results")
+    results: LocalDirectory = Path("results")
     family: str = "clip"
     architecture: str
     models: dict[str, str] | str
@@ -40,6 +42,8 @@ class RelatednessSpec(BaseModel):
     batch_size: int = Field(128, ge=1)
     """Points of paths that the network sees at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    s3: S3Settings = S3Settings()
+    """Where the spec's ``s3://`` locations are, as far as the environment does not say it."""
 
     @pydantic.field_validator("name")
     @classmethod

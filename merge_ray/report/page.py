@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from merge_ray.leaderboard import (
     task_scores,
     widen,
 )
+from merge_ray.relatedness.pictures import draw_heat_map, draw_tree
 from merge_ray.report import plots
+from merge_ray.results import Results, open_results
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class Plot:
     source: str
 
 
-def write_report(results: str | Path, objective: str = "normalized_mean") -> Path:
-    """Write ``report.html`` into a results directory, replacing it in one step; returns its path.
+def write_report(results: str | Path | Results, objective: str = "normalized_mean") -> Path:
+    """Write ``report.html`` into a results directory, replacing it in one step; returns its path (on S3, here).
 
     Raises :class:`merge_ray.errors.LedgerError` while no candidate is confirmed on the test split.
     """
-    directory = Path(results)
-    rows = read_rows(directory)
+    opened = open_results(results)
+    directory = opened.directory
+    rows = read_rows(opened)
     table = rank(rows, objective)
     strict = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
@@ -59,17 +62,14 @@ def write_report(results: str | Path, objective: str = "normalized_mean") -> Pat
         legend=legend(table),
         plots=_plots(rows, table),
         studies=_study_plots(rows, table) + _learning_plots(rows, table) + _coefficient_plots(directory, table),
+        relatedness=_relatedness_plots(directory, rows, objective),
         failures=_failures(rows),
-        directory=str(results),
+        directory=opened.location,
         spec=spec.read_text("utf-8") if spec.exists() else None,
         versions=json.loads(rows["versions"].iloc[-1]),
         fingerprints={name: rows[f"{name}_fingerprint"].iloc[-1] for name in ("bank", "data")},
     )
-    path = directory / "report.html"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(page, "utf-8")
-    os.replace(aside, path)
-    return path
+    return opened.write("report.html", methodcaller("write", page.encode()))
 
 
 def leaderboard_plot(results: str | Path, path: str | Path, objective: str = "normalized_mean") -> Path:
@@ -82,11 +82,10 @@ def _facts(rows: pd.DataFrame) -> dict[str, str]:
     """The sweep in a few lines: name and value."""
     search = rows[(rows["split"] == "val") & ~rows["method"].isin(REFERENCES)]
     counts = search["status"].value_counts()
-    tasks = next((scores for scores in map(task_scores, rows["tasks"][::-1]) if scores), [])
-    test = rows[(rows["split"] == "test") & (rows["status"] == "complete")]["tasks"].iloc[-1]
-    samples = {score["task"]: score["count"] for score in test}
+    tests = rows[(rows["split"] == "test") & (rows["status"] == "complete")]["tasks"]
+    samples = {score["task"]: score["count"] for scores in tests for score in task_scores(scores)}
     return {
-        "Tasks": ", ".join(f"{score['task']} ({samples[score['task']]} test samples)" for score in tasks),
+        "Tasks": ", ".join(f"{task} ({count} test samples)" for task, count in samples.items()),
         "Studies": ", ".join(sorted(search["study"].unique())),
         "Candidates": f"{len(search)} ({', '.join(f'{count} {name}' for name, count in counts.items())})",
         "Time": f"{rows['seconds_total'].sum():.1f} s of trials, from {rows['time'].min():%Y-%m-%d %H:%M:%S} UTC",
@@ -104,6 +103,7 @@ def _plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[Plot]:
     lowest = merged.iloc[-1]
     searched = _candidates(rows, merged["study"].tolist())
     styles = plots.style_of(sorted(merged["study"]))
+    over_pairs = merged["pairs"].fillna("").any()
     compared = f"from {lowest['study']} ({lowest['score']:.3f}) to {best['study']} ({best['score']:.3f})"
     return [
         _plot(plots.plot_scores(table), "Merged models, ± one standard error", f"Bar plot: {label}, {compared}."),
@@ -112,7 +112,9 @@ def _plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[Plot]:
             "Normalised score of every task: 100 is as good as the task's own fine-tuned model",
             f"Heat map of studies and tasks. The best one's worst task is {best['worst_task']} ({best['worst']:.3f}).",
         ),
-        _plot(
+        _pairs_plot(rows, table)
+        if over_pairs
+        else _plot(
             plots.plot_progress(searched, styles),
             "The best candidate so far of every study",
             "Step plot of the best objective on validation data over the number of candidates.",
@@ -123,6 +125,13 @@ def _plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[Plot]:
             f"Scatter plot: {label} against storage. {best['study']} needs {best['storage_ratio']:.2f} of the bytes.",
         ),
     ]
+
+
+def _pairs_plot(rows: pd.DataFrame, table: pd.DataFrame) -> Plot:
+    """Every pair of a sweep over pairs. Their searches are of their own: there is no best so far of a study."""
+    pairs = rank(rows, str(table["ranked_by"].iloc[0]), by_pair=True)
+    description = f"Heat map of {len(set(pairs['pairs']) - {''})} pairs and the studies."
+    return _plot(plots.plot_pairs(pairs), "Normalised score of every pair of models", description)
 
 
 def _study_plots(rows: pd.DataFrame, table: pd.DataFrame) -> list[tuple[str, Plot]]:
@@ -180,6 +189,26 @@ def _coefficient_plots(directory: Path, table: pd.DataFrame) -> list[tuple[str, 
             description = f"Heat map of {len(layers)} layers and {len(coefficients)} tasks, {low:.3f} to {high:.3f}."
             found.append((row["study"], _plot(plots.plot_coefficients(coefficients, layers), caption, description)))
     return found
+
+
+def _relatedness_plots(directory: Path, rows: pd.DataFrame, objective: str) -> list[Plot]:
+    """How related the sweep's models are, where that is known, and whether related pairs merge better."""
+    path = directory / "relatedness.parquet"
+    if not path.exists():
+        return []
+    distances = pd.read_parquet(path)
+    models = f"{len(distances)} models"
+    drawn = [
+        _plot(draw_heat_map(distances, "distance"), "Distances between the models, related ones side by side",
+              f"Heat map of the distances between {models}."),
+        _plot(draw_tree(distances, "distance"), "The similarity tree: models join at the mean distance of their groups",
+              f"Dendrogram of {models}."),
+    ]  # fmt: skip
+    table = rank(rows, objective, by_pair=True)
+    if (table["pairs"] == "").all():
+        return drawn
+    caption = "Every pair's score against the distance between its models; in brackets, Spearman's correlation"
+    return [_plot(plots.plot_relatedness(table, distances), caption, "Scatter plot of scores over distances."), *drawn]
 
 
 def _candidates(rows: pd.DataFrame, studies: list[str]) -> pd.DataFrame:

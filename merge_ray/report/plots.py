@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import spearmanr
 
 from merge_ray.leaderboard import task_names
 
@@ -53,14 +54,17 @@ def plot_scores(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     for bar, score, error in zip(bars, merged["score"], errors, strict=True):
         text = f"{score:.3g}" if _is_cost(table) else f"{100 * score:.1f}"
+        side = -1 if score < 0 else 1
         axes.annotate(
-            text, (score + error, bar.get_y() + bar.get_height() / 2), (5, 0), textcoords="offset points", va="center"
-        )
+            text, (score + side * error, bar.get_y() + bar.get_height() / 2), (5 * side, 0),
+            textcoords="offset points", va="center", ha="right" if score < 0 else "left",
+        )  # fmt: skip
     _reference_lines(axes, table)
     _percent(axes, table, "x")
     axes.set_xlabel(f"{score_label(table)} on the test split")
     axes.margins(x=0.12)
-    axes.set_xlim(left=0)
+    if merged["score"].min() >= 0:
+        axes.set_xlim(left=0)
     return figure
 
 
@@ -69,15 +73,30 @@ def plot_tasks(table: pd.DataFrame) -> Figure:
     tasks = list(task_names(table))
     shown = table[table["method"] != "finetuned"]
     values = 100 * shown[[f"normalized/{task}" for task in tasks]].to_numpy(dtype=float)
-    figure, axes = _single(height=1.3 + 0.36 * len(shown))
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=min(np.nanmin(values), 50), vmax=100)
-    slanted = len(tasks) > 6
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if slanted else 0, ha="right" if slanted else "center")
-    axes.set_yticks(range(len(shown)), shown["study"])
+    return _heat_map(pd.DataFrame(values, shown["study"].tolist(), tasks))
+
+
+def plot_pairs(table: pd.DataFrame) -> Figure:
+    """A heat map of pairs × studies of the leaderboard by pair, best pairs first: normalised scores, in per cent."""
+    merged = table[table["kind"] == "merged"]
+    values = 100 * merged.pivot(index="pairs", columns="study", values="normalized_mean")
+    best = values.mean().sort_values(ascending=False).index
+    return _heat_map(values.loc[values.mean(axis=1).sort_values(ascending=False).index, best])
+
+
+def _heat_map(scores: pd.DataFrame) -> Figure:
+    """Normalised scores in per cent; below 0, where the label average is better, all are as dark."""
+    values, columns = scores.to_numpy(), list(scores.columns)
+    figure, axes = _single(height=1.3 + 0.36 * len(scores))
+    low = min(max(np.nanmin(values), 0), 50)
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=low, vmax=100)
+    slanted = len(columns) > 6
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_yticks(range(len(scores)), list(scores.index))
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    if len(tasks) <= _ANNOTATED_TASKS:
+    if len(columns) <= _ANNOTATED_TASKS:
         for (row, column), value in np.ndenumerate(values):
             luminance = np.dot(image.to_rgba(np.array([value]))[0, :3], (0.299, 0.587, 0.114))
             colour = "black" if luminance > 0.5 else "white"
@@ -183,6 +202,27 @@ def plot_storage(table: pd.DataFrame) -> Figure:
     axes.set_xlabel("storage, as a ratio to all the fine-tuned models")
     axes.set_ylabel(score_label(table))
     axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def plot_relatedness(table: pd.DataFrame, distances: pd.DataFrame) -> Figure:
+    """The score of every merged pair against the distance between its models, by study, with Spearman's correlation.
+
+    table: the leaderboard by pair. distances: ``[T, T]``.
+    """
+    merged = table[table["kind"] == "merged"]
+    figure, axes = _single(height=4.2)
+    for study, (colour, marker) in style_of(sorted(merged["study"].unique())).items():
+        own = merged[merged["study"] == study]
+        apart = [distances.loc[tuple(pair.split("+"))] for pair in own["pairs"]]
+        label = study
+        if len(set(apart)) > 2 and own["score"].nunique() > 1:
+            label += f" ({spearmanr(apart, own['score']).statistic:.2f})"
+        axes.plot(apart, own["score"], marker, color=colour, markersize=6, alpha=0.8, label=label)
+    _percent(axes, table, "y")
+    axes.set_xlabel("distance between the two models")
+    axes.set_ylabel(score_label(table))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

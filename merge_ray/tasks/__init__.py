@@ -1,6 +1,7 @@
 """Tasks: data sets of images and texts, their splits, their words, and the cache of what is prepared of them."""
 
-from merge_ray.tasks.cache import CachedSplit, PreparedSplit, cache_directory, overlap
+from merge_ray.caches import cache_directory
+from merge_ray.tasks.cache import CachedSplit, PreparedSplit, overlap
 from merge_ray.tasks.facts import TASK_LISTS
 from merge_ray.tasks.scenes import SceneSplit, prepare_scenes
 from merge_ray.tasks.spec import SOURCES, TaskSpec

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
 
+from merge_ray.caches import write_once
 from merge_ray.errors import DataError
 from merge_ray.tasks.decode import PIXEL_HASH_BYTES, Decoded, decode
 from merge_ray.tasks.source import ImagePart, Payload
@@ -107,39 +106,6 @@ def ensure_cached(directory: Path, find_job: Callable[[], DecodeJob], progress: 
     write_once(directory, what, needed, lambda aside: _write(aside, job, progress))
 
 
-def write_once(directory: Path, what: str, needed: int, write: Callable[[Path], None]) -> None:
-    """Make ``directory`` with what ``write(folder)`` puts into a folder aside; others that want the same wait for it.
-
-    what: its name in messages. needed: the bytes that it will take. Raises DataError where there is no room for it,
-    and where it cannot be written.
-    """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            if not directory.exists():
-                _write_aside(directory, what, needed, write)
-    except OSError as error:
-        raise DataError(f"cannot write {what} at {directory}: {error}") from error
-
-
-def _write_aside(directory: Path, what: str, needed: int, write: Callable[[Path], None]) -> None:
-    """Under the lock, anything left at the name aside is from a process that was killed."""
-    free = shutil.disk_usage(directory.parent).free
-    if needed > free:
-        raise DataError(
-            f"no room for {what} in {directory.parent}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
-        )
-    aside = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        write(aside)
-        aside.rename(directory)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def _write(directory: Path, job: DecodeJob, progress: Progress | None) -> None:
     labels = job.part.labels[job.rows]
     hashes = np.empty((len(labels), PIXEL_HASH_BYTES), np.uint8)
@@ -190,8 +156,3 @@ def _decode_all(job: DecodeJob) -> Iterator[Decoded]:
 
 def _batches(rows: Sequence[int]) -> Iterable[Sequence[int]]:
     return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-
-
-def cache_directory() -> Path:
-    """Where decoded images and heads are kept: ``$MERGE_RAY_CACHE``, or ``~/.cache/merge_ray``."""
-    return Path(os.environ.get("MERGE_RAY_CACHE", "~/.cache/merge_ray")).expanduser()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import takewhile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from merge_ray.errors import DataError, choose_from
-from merge_ray.tasks.source import SPLIT_WORDS, UNDIVIDED, ImagePart, Payload, Source, Split, stamp_files
+from merge_ray.tasks.parquet_files import ParquetFile, open_parquet, reading_parquet, stamp_parquet
+from merge_ray.tasks.source import ImagePart, Payload, Source
 
 BATCH_ROWS = 256
 
@@ -28,13 +25,13 @@ class ParquetPart(ImagePart):
     column holds integers.
     """
 
-    def __init__(self, paths: list[Path], image_column: str, label_column: str) -> None:
+    def __init__(self, paths: Sequence[ParquetFile], image_column: str, label_column: str) -> None:
         self.paths = paths
         self.image_column = image_column
         self.label_column = label_column
 
     def stamp(self) -> str:
-        return stamp_files(self.paths)
+        return stamp_parquet(self.paths)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -46,7 +43,7 @@ class ParquetPart(ImagePart):
         columns = [self._label_column(path) for path in self.paths]
         return np.concatenate(columns)
 
-    def _label_column(self, path: Path) -> np.ndarray:
+    def _label_column(self, path: ParquetFile) -> np.ndarray:
         file = open_parquet(path)
         _require(file, path, self.label_column, "label")
         kind = file.schema_arrow.field(self.label_column).type
@@ -66,7 +63,7 @@ class ParquetPart(ImagePart):
             if len(inside):
                 yield from self._read_file(path, inside)
 
-    def _read_file(self, path: Path, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
+    def _read_file(self, path: ParquetFile, rows: np.ndarray) -> Iterator[Callable[[], Payload]]:
         """Read the row groups that hold some of ``rows`` (of this file), a batch at a time."""
         file = open_parquet(path)
         _require(file, path, self.image_column, "image")
@@ -79,7 +76,7 @@ class ParquetPart(ImagePart):
             start = end
 
     def _read_group(
-        self, file: pq.ParquetFile, group: int, rows: np.ndarray, path: Path
+        self, file: pq.ParquetFile, group: int, rows: np.ndarray, path: ParquetFile
     ) -> Iterator[Callable[[], Payload]]:
         start = 0
         with reading_parquet(path):
@@ -95,7 +92,7 @@ class ParquetPart(ImagePart):
         return f"{self.paths[index]}, row {row - self._starts[index]} of the file"
 
 
-def parquet_source(paths: Mapping[str, list[Path]], image_column: str, label_column: str) -> Source:
+def parquet_source(paths: Mapping[str, Sequence[ParquetFile]], image_column: str, label_column: str) -> Source:
     """The parts in some files, and the class names in the schema's ``huggingface`` metadata."""
     first = next(iter(paths.values()))[0]
     schema = open_parquet(first).schema_arrow
@@ -103,84 +100,7 @@ def parquet_source(paths: Mapping[str, list[Path]], image_column: str, label_col
     return Source(parts, class_names(schema, label_column))
 
 
-def find_parts(location: str | Mapping[Split, str]) -> dict[str, list[Path]]:
-    """The Parquet files of every part that a location names; raises :class:`DataError` where there are none."""
-    if not isinstance(location, str):
-        return {split: _find_files(_fetch(place)) for split, place in location.items()}
-    place = _fetch(location)
-    if "{split}" in place:
-        found = {
-            split: files
-            for split, words in SPLIT_WORDS.items()
-            for word in words
-            if (files := _match(place.replace("{split}", word)))
-        }
-        if not found:
-            raise DataError(f"no Parquet file at {location} for train, val or test")
-        return found
-    return _divide_directory(Path(place)) if Path(place).is_dir() else {UNDIVIDED: _find_files(place)}
-
-
-def _divide_directory(directory: Path) -> dict[str, list[Path]]:
-    """Sort a directory's files by the split in their names (``train.parquet``, ``test-00000-of-00002.parquet``)
-    or in their parents' (``train/0000.parquet``)."""
-    splits = {word: split for split, words in SPLIT_WORDS.items() for word in words}
-    files = sorted(directory.rglob("*.parquet"))
-    if not files:
-        raise DataError(f"no Parquet file in {directory}")
-    parts: dict[str, list[Path]] = {}
-    for path in files:
-        word = path.stem.replace(".", "-").replace("_", "-").split("-")[0]
-        split = splits.get(word) or splits.get(path.parent.name)
-        if split:
-            parts.setdefault(split, []).append(path)
-    return parts or {UNDIVIDED: files}
-
-
-def _find_files(place: str) -> list[Path]:
-    paths = _match(place)
-    if not paths:
-        raise DataError(f"no Parquet file at {place}")
-    return paths
-
-
-def _match(place: str) -> list[Path]:
-    """The files of a local place without ``{split}``: a file, a directory's Parquet files, or what a glob finds."""
-    path = Path(place)
-    if path.is_dir():
-        return sorted(path.rglob("*.parquet"))
-    if path.is_file():
-        return [path]
-    return [Path(match) for match in sorted(glob.glob(place, recursive=True))]
-
-
-def _fetch(location: str) -> str:
-    """Where a location is on this machine; of a remote pattern, the folder above it is fetched."""
-    if "://" not in location:
-        return str(Path(location).expanduser())
-    from merge_ray.checkpoints import open_location  # only what is far away needs it
-
-    parts = location.split("/")
-    fixed = list(takewhile(lambda part: not glob.has_magic(part) and "{split}" not in part, parts))
-    return str(open_location("/".join(fixed)).joinpath(*parts[len(fixed) :]))
-
-
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """A Parquet file, opened; raises :class:`DataError` where it is none."""
-    with reading_parquet(path):
-        return pq.ParquetFile(path)
-
-
-@contextmanager
-def reading_parquet(path: Path) -> Iterator[None]:
-    """What fails inside is a :class:`DataError` that names the file."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _require(file: pq.ParquetFile, path: Path, column: str, what: str) -> None:
+def _require(file: pq.ParquetFile, path: ParquetFile, column: str, what: str) -> None:
     names = file.schema_arrow.names
     if column not in names:
         raise DataError(
@@ -188,7 +108,7 @@ def _require(file: pq.ParquetFile, path: Path, column: str, what: str) -> None:
         )
 
 
-def _encoded_images(column: pa.Array, path: Path, name: str) -> pa.Array:
+def _encoded_images(column: pa.Array, path: ParquetFile, name: str) -> pa.Array:
     kind = column.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return column.field("bytes")

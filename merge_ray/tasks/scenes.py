@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from merge_ray.caches import write_once
 from merge_ray.errors import DataError
-from merge_ray.tasks.cache import MOST_THREADS, PreparedSplit, Progress, write_once
+from merge_ray.tasks.cache import MOST_THREADS, PreparedSplit, Progress
 from merge_ray.tasks.decode import PIXEL_HASH_BYTES
 from merge_ray.tasks.scene_sources import ScenePart
 from merge_ray.tasks.task import Task

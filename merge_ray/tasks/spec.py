@@ -29,8 +29,8 @@ class TaskSpec(BaseModel):
     builtin: str | None = None
     parquet: str | dict[Split, str] | None = Field(
         default=None,
-        description="a Parquet file, directory, glob, hf://datasets/ location, any of these with {split} in it, "
-        "or one per split; what names no split is divided into train, val and test",
+        description="a Parquet file, directory, glob, hf://datasets/ or s3:// location, any of these with {split} in "
+        "it, or one per split; what names no split is divided into train, val and test",
     )
     torchvision: str | None = None
     image_folder: str | None = Field(default=None, description="a directory root/{train,val,test}/class or root/class")
@@ -93,6 +93,13 @@ class TaskSpec(BaseModel):
     @classmethod
     def _known_torchvision(cls, value: str | None) -> str | None:
         return _known(value, "torchvision data set", TORCHVISION_SETS)
+
+    @field_validator("image_folder", "taskonomy", "root")
+    @classmethod
+    def _on_this_machine(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("s3://"):
+            raise ValueError("files of their own are read from a directory on this machine; of S3, only parquet")
+        return value
 
     @field_validator("parquet")
     @classmethod

@@ -15,7 +15,8 @@ from merge_ray.tasks.builtin import BUILTIN_TASKS
 from merge_ray.tasks.cache import CachedSplit, DecodeJob, Progress, ensure_cached
 from merge_ray.tasks.decode import INTERPOLATIONS
 from merge_ray.tasks.facts import DEFAULT_TEMPLATES, Facts, find_facts, words_for
-from merge_ray.tasks.parquet import find_parts, parquet_source
+from merge_ray.tasks.parquet import parquet_source
+from merge_ray.tasks.parquet_files import find_parts
 from merge_ray.tasks.scene_sources import ScenePart, scene_source
 from merge_ray.tasks.source import ImagePart, Source, TextPart, builtin_source, folder_source
 from merge_ray.tasks.spec import TaskSpec

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from merge_ray.caches import write_once
 from merge_ray.errors import DataError
-from merge_ray.tasks.cache import PreparedSplit, Progress, write_once
+from merge_ray.tasks.cache import PreparedSplit, Progress
 from merge_ray.tasks.source import TextPart
 from merge_ray.tasks.task import Task
 

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from string import Formatter
 
 import numpy as np
@@ -14,8 +13,9 @@ import pyarrow as pa
 
 from merge_ray.errors import DataError, choose_from
 from merge_ray.tasks.facts import find_text_facts
-from merge_ray.tasks.parquet import class_names, open_parquet, reading_parquet
-from merge_ray.tasks.source import Source, TextPart, stamp_files
+from merge_ray.tasks.parquet import class_names
+from merge_ray.tasks.parquet_files import ParquetFile, open_parquet, reading_parquet, stamp_parquet
+from merge_ray.tasks.source import Source, TextPart
 from merge_ray.tasks.spec import TaskSpec
 
 PROMPTS = {"text": "{text}\nWhich of these is it: {options}?", "input": "{input}"}
@@ -31,18 +31,18 @@ class ParquetTextPart(TextPart):
     (the classes themselves, then ``classes`` has them in order) or of floats (numbers to be told).
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[ParquetFile]
     prompt: str
     answers: str
     classes: tuple[str, ...] | None
 
     def stamp(self) -> str:
-        return stamp_files(self.paths)
+        return stamp_parquet(self.paths)
 
     def load_labels(self) -> np.ndarray:
         return np.concatenate([self._labels_of(path) for path in self.paths])
 
-    def _labels_of(self, path: Path) -> np.ndarray:
+    def _labels_of(self, path: ParquetFile) -> np.ndarray:
         column = read_columns(path, [self.answers])[self.answers]
         if column.null_count:
             row = column.to_pylist().index(None)
@@ -80,7 +80,7 @@ class ParquetTextPart(TextPart):
         return f"{self.paths[index]}, row {row - self._starts[index]} of the file"
 
 
-def text_source(spec: TaskSpec, paths: Mapping[str, list[Path]]) -> Source | None:
+def text_source(spec: TaskSpec, paths: Mapping[str, Sequence[ParquetFile]]) -> Source | None:
     """The parts in a task's Parquet files, if they hold texts, or None.
 
     The prompt is the spec's, or GLUE's where the task has its name and the files its columns, or that of
@@ -111,7 +111,7 @@ def text_source(spec: TaskSpec, paths: Mapping[str, list[Path]]) -> Source | Non
 
 def _classes(
     spec: TaskSpec,
-    paths: Mapping[str, Sequence[Path]],
+    paths: Mapping[str, Sequence[ParquetFile]],
     schema: pa.Schema,
     answers: str,
     known: tuple[str, ...] | None,
@@ -137,7 +137,7 @@ def column_names(prompt: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))
 
 
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+def read_columns(path: ParquetFile, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
     """Some columns of a Parquet file by name; raises DataError for those that are not there."""
     file = open_parquet(path)
     if absent := sorted(set(names) - set(file.schema_arrow.names)):

@@ -26,9 +26,11 @@ EDGE = 1230
 TEXTURE_EDGES = 32000
 
 BUILDINGS: dict[str, dict[str, int]] = {
-    "train": {name: 400 for name in ("alder", "birch", "cedar", "elm", "hazel", "larch")},
-    "val": {name: 150 for name in ("maple", "oak")},
-    "test": {name: 150 for name in ("poplar", "rowan", "willow")},
+    "train": dict.fromkeys(
+        ("alder", "ash", "birch", "cedar", "cherry", "elm", "fir", "hazel", "larch", "linden", "pine", "yew"), 200
+    ),
+    "val": dict.fromkeys(("maple", "oak"), 150),
+    "test": dict.fromkeys(("poplar", "rowan", "willow"), 150),
 }
 """The images of each building, by split."""
 
@@ -57,6 +59,10 @@ class _Rooms:
 SURFACES = PICTURE + BALLS + BOXES
 """Surfaces are numbered from 1: wall, floor, ceiling, picture, then the balls and the boxes."""
 CLASS_OF = np.array([0, WALL, FLOOR, CEILING, PICTURE, *[BALL] * BALLS, *[BOX] * BOXES], np.uint8)
+USUAL_COLOURS = np.array(
+    [[0, 0, 0], [0.8, 0.75, 0.6], [0.5, 0.35, 0.2], [0.9, 0.9, 0.9], [0.3, 0.6, 0.7], [0.8, 0.3, 0.3], [0.35, 0.5, 0.3]]
+)
+"""By class; a building's own are drawn about these, so that classes can be told in buildings never seen before."""
 
 
 def render_building(name: str, count: int) -> dict[str, Array]:
@@ -66,7 +72,7 @@ def render_building(name: str, count: int) -> dict[str, Array]:
     uint16 ``[N, 64, 64]``. segment_semantic: uint8 ``[N, 64, 64]``.
     """
     rng = np.random.default_rng([*name.encode()])
-    style = rng.uniform(size=(1 + SURFACES, 2, 3)).astype(np.float32)
+    style = USUAL_COLOURS[CLASS_OF, None] + rng.uniform(-0.2, 0.2, (1 + SURFACES, 2, 3))
     scale = rng.uniform(0.8, 1.3)
     parts: dict[str, list[Array]] = {}
     for start in range(0, count, BATCH):
@@ -81,8 +87,8 @@ def _furnish(rng: np.random.Generator, style: Array, scale: float, count: int) -
         low, high = np.asarray(low), np.asarray(high)
         return (low + (high - low) * rng.random((count, *shape))).astype(np.float32)
 
-    size = draw([2.5, 2.3, 3.0], [9.0, 3.8, 11.0], 3) * np.float32(scale)
-    eye = size * draw([0.3, 0.45, 0.04], [0.7, 0.65, 0.12], 3)
+    size = draw([2.5, 2.4, 3.0], [9.0, 3.2, 11.0], 3) * np.array([scale, 1, scale], np.float32)
+    eye = draw([0.3, 1.4, 0.04], [0.7, 1.7, 0.12], 3) * size ** np.array([1, 0, 1])
     turn, pitch = draw(-0.8, 0.8), draw(-0.4, 0.1)
     zero = np.zeros_like(turn)
     right = np.stack([np.cos(turn), zero, -np.sin(turn)], axis=1)
@@ -99,7 +105,7 @@ def _furnish(rng: np.random.Generator, style: Array, scale: float, count: int) -
     boxes = np.concatenate([centre, half, draw(0, np.pi, BOXES, 1)], axis=-1)
 
     picture = np.concatenate([rng.integers(0, 4, (count, 1)), draw([0.5, 1, 0.6, 0.5], [3, 1.4, 1.6, 1.1], 4)], axis=1)
-    colours = np.clip(style + draw(-0.2, 0.2, 1 + SURFACES, 2, 3), 0.05, 1)
+    colours = np.clip(style + draw(-0.1, 0.1, 1 + SURFACES, 2, 3), 0.05, 1)
     lights = draw([0.1, 0.8, 0.1], [0.9, 0.98, 0.9], 2, 3) * size[:, None]
     parts = (size, eye, axes, balls, boxes, picture, colours, draw(0.25, 1.2, 1 + SURFACES), lights)
     return _Rooms(*(part.astype(np.float32) for part in parts))
