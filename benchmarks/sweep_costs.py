@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from merge_ray.bank import Entry, Layout, ModelBank
-from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.evaluate import Evaluator
 from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import MergeInputs, make_method

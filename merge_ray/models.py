@@ -12,7 +12,14 @@ from torch import Tensor
 
 from merge_ray.bank import Layout, ModelBank, digest
 from merge_ray.candidate import fingerprint_of
-from merge_ray.checkpoints import is_adapter, read_finetuned, read_weights, write_safetensors
+from merge_ray.checkpoints import (
+    is_adapter,
+    nothing,
+    open_location,
+    read_finetuned,
+    read_weights,
+    write_safetensors,
+)
 from merge_ray.errors import CheckpointError
 from merge_ray.families import Family, ImageFamily, TaskData
 from merge_ray.progress import Progress
@@ -26,7 +33,12 @@ def read_base(models: ModelsSpec) -> dict[str, Tensor]:
 
 
 def read_layout(models: ModelsSpec, tasks: Sequence[str], base: Mapping[str, Tensor]) -> Layout:
-    """The layout of the bank that :func:`load_bank` gives, from the first fine-tuned model's shapes."""
+    """The layout of the bank that :func:`load_bank` gives, from the first fine-tuned model's shapes.
+
+    Raises :class:`CheckpointError` where a model is not there.
+    """
+    for task in tasks:
+        open_location(models.finetuned_location(task), nothing)
     return Layout.of(next(iter(_sources(models, tasks, base).values()))())
 
 

@@ -22,7 +22,6 @@ from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
 from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
-from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import compact, forget_learned, keep, record, share, start_results_actor
@@ -31,6 +30,7 @@ from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.plan import Plan
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
 from merge_ray.evaluate import References

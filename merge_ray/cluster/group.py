@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -23,28 +23,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from merge_ray import kernels
-from merge_ray.bank import Layout, ModelBank
+from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.methods.base import Merged, MergeInputs, with_own_tensors
 from merge_ray.methods.merge_cache import MergeCache
-
-
-@dataclass(frozen=True)
-class SliceSetup:
-    """What a further host of a group is told once.
-
-    index: which of the group's hosts it is. start: the first of its columns. own_tensors: see
-    :class:`merge_ray.families.Family`.
-    """
-
-    layout: Layout
-    tasks: tuple[str, ...]
-    fingerprint: str
-    own_tensors: frozenset[str]
-    device: str
-    threads: int
-    index: int = 0
-    start: int = 0
 
 
 @dataclass
@@ -113,12 +96,15 @@ class Member:
 class SliceHost:
     """A further host of a group: it merges its slice, and gives it when it is asked to."""
 
-    def __init__(self, setup: SliceSetup, arrays: Sequence[ray.ObjectRef], meeting: Any) -> None:
-        """``arrays`` is the reference to the slice's arrays."""
-        torch.set_num_threads(setup.threads)
+    def __init__(self, setup: HostSetup, index: int, arrays: Sequence[ray.ObjectRef], meeting: Any) -> None:
+        """``index`` says which of the group's hosts it is; ``arrays`` is the reference to the slice's arrays."""
+        os.environ.update(setup.s3.environment())
+        setup.enter()
         [parts] = ray.get(list(arrays))
-        self.setup, self.meeting = setup, meeting
-        bank = ModelBank.from_arrays(parts, setup.layout, setup.tasks, {}, setup.fingerprint, setup.start)
+        self.index, self.meeting = index, meeting
+        self.own_tensors = setup.models.open_family().own_tensors
+        start, fingerprint = setup.ends[index], setup.fingerprint
+        bank = ModelBank.from_arrays(parts, setup.layout, setup.bank_tasks, {}, fingerprint, start)
         self.bank = bank if setup.device == "cpu" else bank.to(setup.device)
         self.out = kernels.vector(self.bank.task_vectors)
         self.cache = MergeCache(self.out.nbytes)
@@ -127,7 +113,7 @@ class SliceHost:
     def merge(self, candidate: Candidate, number: int) -> None:
         """Take part in a merge of the group."""
         self.merged = None
-        member = Member(self.meeting, self.setup.index, number)
+        member = Member(self.meeting, self.index, number)
         bank, method = self.bank.of(candidate.pair) if candidate.pair else self.bank, candidate.make()
 
         def validation(merged: Merged, task: str) -> float:
@@ -144,7 +130,7 @@ class SliceHost:
             needs=method.needs,
             total=member.total,
         )
-        self.merged = with_own_tensors(method.merge(inputs), bank, self.setup.own_tensors)
+        self.merged = with_own_tensors(method.merge(inputs), bank, self.own_tensors)
 
     def write(self, task: str) -> np.ndarray:
         """The slice of the weights that answer ``task``, float32."""
@@ -161,20 +147,18 @@ class SliceHost:
 class Group:
     """The further hosts of a group as its first host sees them.
 
-    setup: but for which host and where its slice starts. slices: where all slices' arrays are, the first host's first.
-    ends: where the slices start and end ``[G + 1]``.
+    slices: where all slices' arrays are, the first host's first.
     """
 
-    def __init__(self, setup: SliceSetup, slices: Sequence[ray.ObjectRef], ends: Sequence[int]) -> None:
+    def __init__(self, setup: HostSetup, slices: Sequence[ray.ObjectRef]) -> None:
         device = {"num_gpus": 1, "num_cpus": 0} if setup.device == "cuda" else {"num_cpus": setup.threads}
         # Where there is room, beside the first host: slices travel through the node's shared memory.
         near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         make = SliceHost.options(scheduling_strategy=near, **device)  # type: ignore[attr-defined]
         self._meeting: Any = Meeting.remote(len(slices))  # type: ignore[attr-defined]
-        self.columns = [slice(start, stop) for start, stop in pairwise(ends[1:])]
+        self.columns = [slice(start, stop) for start, stop in pairwise(setup.ends[1:])]
         self.hosts = [
-            make.remote(replace(setup, index=index, start=columns.start), [arrays], self._meeting)
-            for index, (columns, arrays) in enumerate(zip(self.columns, slices[1:], strict=True), start=1)
+            make.remote(setup, index, [arrays], self._meeting) for index, arrays in enumerate(slices[1:], start=1)
         ]
         ray.get([host.__ray_ready__.remote() for host in self.hosts])
         self._number = 0

@@ -128,6 +128,10 @@ class Room:
                 beside = min(free(), key=lambda node: node.id != first.id, default=first)
                 taken[beside.id] += 1
 
+        def rank(node: Node) -> tuple[bool, float, int]:
+            splits = self.on(node) - taken[node.id] < slices
+            return splits, taken[node.id] / self.on(node), -self.threads_on(node)
+
         for node in nodes:
             for _ in range(hosts.get(node.id, 0)):
                 take(node)
@@ -135,7 +139,7 @@ class Room:
         while count is None or len(chosen) < count:
             if sum(self.on(node) - taken[node.id] for node in free()) < slices:
                 break
-            chosen.append(min(free(), key=lambda node: (taken[node.id] / self.on(node), -self.threads_on(node))))
+            chosen.append(min(free(), key=rank))
             take(chosen[-1])
         return chosen
 

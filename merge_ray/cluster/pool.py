@@ -18,8 +18,9 @@ from ray.exceptions import RayError
 
 from merge_ray.candidate import Candidate
 from merge_ray.cluster.errors import cause, is_lost
-from merge_ray.cluster.host import HostSetup, ModelHost, prepare_node
+from merge_ray.cluster.host import ModelHost
 from merge_ray.cluster.nodes import Node, Room, live_nodes, versions
+from merge_ray.cluster.setup import HostSetup, prepare_node
 from merge_ray.errors import MergeRayError
 from merge_ray.evaluate import References
 from merge_ray.spec import HostsSpec
