@@ -129,7 +129,7 @@ def test_a_candidate_that_fails_leaves_no_host_waiting(world: Path, ray_cluster:
     spec = load(world, name="failing", studies=studies, hosts={"device_memory": limited(world)})
     rows = read_rows(run_sweep(spec, Progress()))
     [failed] = rows[rows["status"] == "failed"].to_dict("records")
-    assert failed["study"] == "missing" and "there is no such file of masks" in failed["error"]
+    assert failed["study"] == "missing" and "none.npz: no such file" in failed["error"]
     assert set(rows.loc[rows["study"] == "weight_average", "status"]) == {"complete"}
 
 
