@@ -124,12 +124,13 @@ def test_what_cannot_be_shared_is_said_before_anything_is_loaded(world: Path, ra
 
 
 def test_a_candidate_that_fails_leaves_no_host_waiting(world: Path, ray_cluster: dict[str, Any]) -> None:
-    missing = {"method": "tall_mask", "parameters": {"masks": str(world / "none.npz")}, "space": {}}
-    studies = {"missing": missing, "weight_average": {}}
+    (world / "broken.npz").write_bytes(b"no masks")
+    broken = {"method": "tall_mask", "parameters": {"masks": str(world / "broken.npz")}, "space": {}}
+    studies = {"broken": broken, "weight_average": {}}
     spec = load(world, name="failing", studies=studies, hosts={"device_memory": limited(world)})
     rows = read_rows(run_sweep(spec, Progress()))
     [failed] = rows[rows["status"] == "failed"].to_dict("records")
-    assert failed["study"] == "missing" and "none.npz: no such file" in failed["error"]
+    assert failed["study"] == "broken" and "cannot be read as saved masks" in failed["error"]
     assert set(rows.loc[rows["study"] == "weight_average", "status"]) == {"complete"}
 
 
