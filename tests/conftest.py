@@ -51,9 +51,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[dict[str, Any]]:
-    """A local Ray cluster of two CPUs, shared by the tests that do not kill its parts; gives its context."""
+    """A local Ray cluster of two CPUs, shared by a file's tests that do not kill its parts; gives its context."""
     import ray
 
     context: Any = ray.init(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -87,22 +86,19 @@ def test_other_versions_are_named() -> None:
         check_versions({**versions(), "torch": "9.9"})
 
 
-def start_head() -> Cluster:
-    """A head without cores, in a folder of its own: other tests would find this cluster in the usual one."""
-    own = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    return Cluster(initialize_head=True, head_node_args={**own, "temp_dir": tempfile.mkdtemp(prefix="ray")})
-
-
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head and two workers of one core, each with an address and a small store of its own."""
-    cluster = start_head()
-    for index in (1, 2):
-        add_worker(cluster, index)
-    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without cores, in a folder of its own: later tests would find this cluster in the usual one."""
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray"))
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def join(cluster: Cluster) -> None:
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def add_worker(cluster: Cluster, index: int, **more: Any) -> Any:
@@ -120,7 +116,7 @@ class Sleeper:
     def score(self, candidate: Candidate, shard: int, references: Any, learned: Any) -> dict[str, Any]:
         value = candidate.parameters["scaling_coefficient"]
         (self.calls / f"{value}-{self.node}").touch()
-        time.sleep(0.3)
+        time.sleep(0.2 if any(self.calls.glob("*-worker-3")) else 3)  # time enough for a node to join
         return {"objective": value, "mean": value, "normalized_mean": value, "samples": 8, "host": self.node}
 
 
@@ -137,15 +133,17 @@ def test_nodes_join_and_leave_while_a_sweep_runs(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "PATIENCE", 600.0)
+    add_worker(cluster, 1)
+    add_worker(cluster, 2)
+    join(cluster)
     results, calls = tmp_path / "results", tmp_path / "calls"
     calls.mkdir()
     fingerprints = Fingerprints("bank", {"val": "data", "test": "data"}, "protocol")
     template = Candidate.of("sleepers", "study", make_method("task_arithmetic", {}), 0, "val", fingerprints)
-    values = [round(0.01 * step, 2) for step in range(1, 61)]
+    values = [round(0.01 * step, 2) for step in range(1, 51)]
     space = {"scaling_coefficient": values}
-    study = Study(
-        StudySpec(name="study", method="task_arithmetic", searcher="grid", space=space), template, ["ants"], 1, {}, 4
-    )
+    spec = StudySpec(name="study", method="task_arithmetic", searcher="grid", trials=len(values), space=space)
+    study = Study(spec, template, ["ants"], 1, {}, 4)
 
     # A node that cannot do the work is named; one that joins later is left aside, with a warning.
     def check(node: Node) -> Any:
@@ -167,19 +165,19 @@ def test_nodes_join_and_leave_while_a_sweep_runs(
     assert sorted(host.node.name for host in pool.hosts) == ["worker-1", "worker-2"]
     ledger = start_results_actor(results, "sleepers/results")
 
-    def change_nodes() -> None:
-        wait_for(lambda: any(calls.glob("*-worker-1")))
-        add_worker(cluster, 3)
-        add_worker(cluster, 4)
-        wait_for(lambda: any(calls.glob("*-worker-3")))
-        [first] = [node for node in cluster.worker_nodes if node.node_id == ids["worker-1"]]
-        cluster.remove_node(first)
+    def run() -> None:
+        run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), results, lambda: None)
 
-    ids = {node.name: node.id for node in live_nodes()}
-    changes = threading.Thread(target=change_nodes)
-    changes.start()
-    run_studies([study], pool, ledger, {"ants": {"": 1.0}}, EvaluationSpec(shards=1), results, lambda: None)
-    changes.join()
+    sweep = threading.Thread(target=run)
+    sweep.start()
+    wait_for(lambda: any(calls.glob("*-worker-1")))
+    add_worker(cluster, 3)
+    add_worker(cluster, 4)
+    wait_for(lambda: any(calls.glob("*-worker-3")))
+    [first] = [node for node in live_nodes() if node.name == "worker-1"]
+    [leaving] = [node for node in cluster.worker_nodes if node.node_id == first.id]
+    cluster.remove_node(leaving)
+    sweep.join()
     rows = read_rows(results)
     assert sorted(json.loads(text)["scaling_coefficient"] for text in rows["parameters"]) == values
     assert set(rows["status"]) == {"complete"}
@@ -196,7 +194,7 @@ def test_nodes_join_and_leave_while_a_sweep_runs(
 
 def setup(folder: Path, **changes: Any) -> HostSetup:
     """What hosts of a sweep without tasks are told."""
-    [spec] = load_sweeps(tiny.write_world(folder))
+    [spec] = load_sweeps(tiny.write_world(folder / "other"))
     told = HostSetup(
         models=spec.models,
         tasks=(),
@@ -215,29 +213,28 @@ def setup(folder: Path, **changes: Any) -> HostSetup:
     return replace(told, **changes)
 
 
-def in_shared_memory(host: Any) -> bool:
-    """Whether a host's bank lies in Ray's store and is no copy."""
-    at = host.bank.task_vectors.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(text, 16) for text in line.split()[0].split("-"))
-        if start <= at < end:
-            return "plasma" in line
-    return False
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = tiny.write_world(tmp_path, name="one", studies={"ties": {"searcher": "optuna", "trials": 6}})
+    spec = tiny.write_world(tmp_path, name="many", studies={"ties": {"searcher": "optuna", "trials": 6}})
     own = {f"worker-{index}": tmp_path / f"cache-{index}" for index in (1, 2)}
-    cluster = start_head()
     for index in (1, 2):
         add_worker(cluster, index, num_cpus=2, env_vars={"MERGE_RAY_CACHE": str(own[f"worker-{index}"])})
+    join(cluster)
     shared: dict[str, list[bool]] = {}
     wait = HostPool.wait_until_ready
+
+    def in_shared_memory(host: Any) -> bool:
+        """Whether a host's bank lies in Ray's store and is no copy."""
+        at = host.bank.task_vectors.data_ptr()
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            start, end = (int(text, 16) for text in line.split()[0].split("-"))
+            if start <= at < end:
+                return "plasma" in line
+        return False
 
     def look(pool: HostPool) -> None:
         wait(pool)
@@ -245,33 +242,22 @@ def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
             shared.setdefault(host.node.name, []).append(ray.get(host.actor.__ray_call__.remote(in_shared_memory)))
 
     monkeypatch.setattr(HostPool, "wait_until_ready", look)
-    try:
-        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-        [many] = load_sweeps(spec, ["name=many"])
-        board = rank(read_rows(run_sweep(many, Progress())))
-        assert shared == {"worker-1": [True, True], "worker-2": [True, True]}
-        for cache in own.values():
-            assert len(list(cache.rglob("images.npy"))) == 2 * len(tiny.TASKS)
-        # What a node lacks is named with the node, before any host loads.
-        path = str(tmp_path / "models" / "config.json")
-        lacking = setup(tmp_path, files=(path, "nowhere/config.json"))
-        pool = HostPool.start("lacking", HostsSpec(), lacking, [{}], {})
-        with pytest.raises(MergeRayError, match=r"node worker-\d: it is not used: there is no nowhere/config\.json; a"):
-            pool.wait_until_ready()
-        pool.close()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    monkeypatch.setattr(HostPool, "wait_until_ready", wait)
-    ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        [one] = load_sweeps(spec)
-        alone = rank(read_rows(run_sweep(one, Progress())))
-    finally:
-        ray.shutdown()
-    references = ["pretrained", "finetuned"]
-    columns = ["study", "score"]
-    assert board[board["study"].isin(references)][columns].to_numpy().tolist() == (
-        alone[alone["study"].isin(references)][columns].to_numpy().tolist()
-    )
-    assert os.environ.get("MERGE_RAY_CACHE", "") not in map(str, own.values())
+    [many] = load_sweeps(spec)
+    board = rank(read_rows(run_sweep(many, Progress())))
+    assert shared == {"worker-1": [True, True], "worker-2": [True, True]}
+    for cache in own.values():
+        assert len(list(cache.rglob("images.npy"))) == 2 * len(tiny.TASKS)
+    # What a node lacks is named with the node, before any host loads.
+    path = str(tmp_path / "models" / "config.json")
+    pool = HostPool.start("lacking", HostsSpec(), setup(tmp_path, files=(path, "nowhere/config.json")), [{}], {})
+    with pytest.raises(MergeRayError, match=r"node worker-\d: it is not used: there is no nowhere/config\.json; a"):
+        wait(pool)
+    pool.close()
+    ray.shutdown()
+    # The same on one node, with as many hosts: what a search proposes depends on their number.
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray"))
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    [one] = load_sweeps(spec, ["name=one"])
+    columns = ["study", "parameters", "score"]
+    alone = rank(read_rows(run_sweep(one, Progress())))
+    assert board[columns].to_numpy().tolist() == alone[columns].to_numpy().tolist()

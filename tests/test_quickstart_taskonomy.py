@@ -57,7 +57,7 @@ def test_every_network_is_clearly_better_than_the_label_average(spec: FinetuneSp
         positions = np.arange(len(data))
         own, _ = data.score(data.outcomes_of(network(data.inputs(positions)), positions).numpy())
         average, _ = data.score(data.average_outcomes(SAMPLES))
-        assert own < 0.75 * average, task.name
+        assert own < 0.6 * average, task.name
 
 
 @pytest.mark.slow

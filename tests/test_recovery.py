@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,12 @@ def kill_after_first_rows(directory: Path, actor: str, done: threading.Event, ki
         pass
     time.sleep(random.uniform(0.0, 0.5))
     while not done.is_set():
-        for process in psutil.process_iter(["cmdline"]):
-            if re.match(rf"ray::\w*{actor}", "".join(process.info["cmdline"] or [])):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
-                return
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if re.match(rf"ray::\w*{actor}", "".join(process.cmdline())):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
 
 
 SLOW_ACTORS = [pytest.param(actor, marks=pytest.mark.slow) for actor in ("ResultsActor", "Trainable")]

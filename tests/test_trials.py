@@ -51,6 +51,7 @@ class Search:
 
     def __init__(self, directory: Path, points: int, known: Mapping[str, Mapping[Any, Any]] | None = None) -> None:
         self.directory, self.hosts = directory, list[Any]()
+        self.asked = Counter[tuple[str, int]]()
         grid = [round(0.1 + 0.8 * index / points, 3) for index in range(points)]
         settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}}
         spec = StudySpec.model_validate({"name": "ta", "method": "task_arithmetic", **settings})
@@ -66,14 +67,13 @@ class Search:
         try:
             tuning.run_studies([self.study], pool, self.ledger, {}, evaluation, self.directory, progress, self.ending)
         finally:
+            self.asked = sum((ray.get(host.counted.remote()) for host in self.hosts), Counter[tuple[str, int]]())
+            pool.close()
             ray.kill(self.ledger)
 
     def _start(self, node: Node, room: Room, options: dict[str, Any]) -> Any:
         self.hosts.append(Host.options(**options).remote())  # type: ignore[attr-defined]
         return self.hosts[-1]
-
-    def asked(self) -> Counter[tuple[str, int]]:
-        return sum((ray.get(host.counted.remote()) for host in self.hosts), Counter())
 
 
 def test_a_trial_process_killed_between_two_trials_costs_no_row(
@@ -110,7 +110,7 @@ def test_a_trial_process_killed_after_its_row_was_recorded_scores_nothing_twice(
     search = Search(tmp_path, points=6)
     search.run()
     assert read_rows(tmp_path)["status"].tolist() == ["complete"] * 6
-    assert set(search.asked().values()) == {1}
+    assert set(search.asked.values()) == {1}
     assert search.study.best_value == pytest.approx(0.1 + 0.8 * 5 / 6, abs=1e-3)
 
 
@@ -135,7 +135,7 @@ def test_a_search_that_is_ended_finishes_what_hosts_have(tmp_path: Path, ray_clu
     rows = read_rows(tmp_path)
     assert 1 <= len(rows) < 20
     assert set(rows["status"]) == {"complete"}
-    assert set(search.study.outcomes) == set(rows["identity"]) == {candidate for candidate, _ in search.asked()}
+    assert set(search.study.outcomes) == set(rows["identity"]) == {candidate for candidate, _ in search.asked}
 
 
 def rows_by_identity(directory: Path) -> dict[str, dict[str, Any]]:
@@ -154,6 +154,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
     small_disk: Path, ray_cluster: dict[str, Any]
 ) -> None:
@@ -175,7 +176,7 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
     rows = rows_by_identity(small_disk)
     assert len(rows) == 20
     assert all(rows[identity]["time"] == row["time"] for identity, row in acknowledged.items())
-    assert not acknowledged.keys() & {candidate for candidate, _ in again.asked()}
+    assert not acknowledged.keys() & {candidate for candidate, _ in again.asked}
 
 
 def test_ctrl_c_asks_once_and_then_stops() -> None:

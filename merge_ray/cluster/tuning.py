@@ -79,15 +79,21 @@ class SweepSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take a trial's outcome, and its host back."""
         study, candidate, host = self.trials.pop(trial_id)
-        outcome = outcome_of(result) if result and not error else self._recorded(study, candidate)
-        lost = result is not None and result.get("status") == "lost"
+        result = {} if error or not result else result
+        lost = result.get("status") == "lost"
         self.losses[candidate.identity] += lost
-        if lost or outcome is None:
+        if lost:
+            outcome = None
+        elif result:
+            outcome = outcome_of(result)
+        else:
+            outcome = self._recorded(study, candidate)
+        if outcome is None:
             self.again.append((study, candidate))
         else:
             study.outcomes[candidate.identity] = outcome
         try:
-            self.pool.release(host, bool(result and result.get("host_ended")))
+            self.pool.release(host, bool(result.get("host_ended")))
         except MergeRayError as left:
             self.stop(left)
 
