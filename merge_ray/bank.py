@@ -20,11 +20,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from merge_ray import kernels
-from merge_ray.errors import CheckpointError
+from merge_ray.errors import CheckpointError, format_bytes
 from merge_ray.kernels import DerivedTaskVectors, TaskVectors
 
 StateDict = Mapping[str, Tensor]
@@ -143,7 +144,8 @@ class ModelBank:
         dtype: what the models are held in, each weight rounded once; None for :attr:`Layout.dtype`, which rounds none.
 
         ``progress(done, total)`` is called after each fine-tuned model. Raises :class:`CheckpointError` naming
-        the tensors where a model does not fit the base or the other models, or holds NaN or infinity.
+        the tensors where a model does not fit the base or the other models, or holds NaN or infinity, and before a
+        second one is read where all of them need more memory than is left.
         """
         if not finetuned:
             raise CheckpointError("there are no fine-tuned models to merge")
@@ -160,6 +162,7 @@ class ModelBank:
             if layout is None:
                 layout = Layout.of(state)
                 dtype = dtype or layout.dtype
+                _check_memory((len(tasks) + 1) * layout.size, dtype)
                 flat_base = torch.zeros(layout.size, dtype=dtype)
                 if base is not None:
                     _flatten_finite("the base model", layout, base, flat_base)
@@ -266,7 +269,7 @@ def _misfits(state: StateDict, base: StateDict, other: str) -> list[str]:
         elif tensor.shape != base[name].shape:
             problems.append(f"{name}: shape {list(tensor.shape)}, in {other} {list(base[name].shape)}")
         elif tensor.dtype != base[name].dtype:
-            problems.append(f"{name}: dtype {_dtype(tensor)}, in {other} {_dtype(base[name])}")
+            problems.append(f"{name}: dtype {_name(tensor.dtype)}, in {other} {_name(base[name].dtype)}")
     return problems
 
 
@@ -279,8 +282,8 @@ def _differing_names(state: StateDict, layout: Layout, first: str) -> list[str]:
     return missing + [f"{name}: present here, missing in {first!r}" for name in sorted(names - set(layout.names))]
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _raise_problems(model: str, problems: Sequence[str]) -> None:
@@ -291,6 +294,17 @@ def _raise_problems(model: str, problems: Sequence[str]) -> None:
         raise CheckpointError("\n  ".join([f"{model}: this model cannot be merged:", *lines]))
 
 
+def _check_memory(weights: int, dtype: torch.dtype) -> None:
+    """Raise :class:`CheckpointError` where so many weights are more than this machine has memory left for."""
+    needed, left = weights * dtype.itemsize, psutil.virtual_memory().available
+    if needed > left:
+        smaller = "hold them in 16 bits (models.dtype in a spec), or " if dtype.itemsize > 2 else ""
+        raise CheckpointError(
+            f"the models are {format_bytes(needed)} in {_name(dtype)}, and this machine has {format_bytes(left)} of "
+            f"memory left, {format_bytes(needed - left)} too little: {smaller}merge fewer models"
+        )
+
+
 def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor) -> None:
     flat = layout.flatten(state, out)
     problems = []
@@ -298,7 +312,7 @@ def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor) -
         # The smallest and largest element are NaN if any element is: no mask as large as the tensor is needed.
         if view.numel() and not torch.isfinite(torch.stack(torch.aminmax(view))).all():
             problems.append(
-                f"{name}: {int((~torch.isfinite(view)).sum())} values are NaN or infinite (as {_dtype(flat)})"
+                f"{name}: {int((~torch.isfinite(view)).sum())} values are NaN or infinite (as {_name(out.dtype)})"
             )
     _raise_problems(model, problems)
 
@@ -320,7 +334,7 @@ def _fingerprint(
 
 
 def _digest_row(rows: TaskVectors, row: int) -> str:
-    """The SHA-256 of a row as float32, which only a slab of is made at a time."""
+    """The SHA-256 of a row as float32."""
     hashed = hashlib.sha256()
     for columns in kernels.slabs(rows):
         hashed.update(rows[row, columns].float().numpy().data)

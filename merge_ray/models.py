@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,36 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_ray.bank import Layout, ModelBank, digest
+from merge_ray.bank import ModelBank, digest
 from merge_ray.candidate import fingerprint_of
-from merge_ray.checkpoints import (
-    is_adapter,
-    nothing,
-    open_location,
-    read_finetuned,
-    read_weights,
-    write_safetensors,
-)
+from merge_ray.checkpoints import is_adapter, read_finetuned, read_weights, write_safetensors
 from merge_ray.errors import CheckpointError
 from merge_ray.families import Family, ImageFamily, TaskData
 from merge_ray.progress import Progress
 from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.tasks import Task, TaskSpec, cache_directory, open_task
-
-
-def read_base(models: ModelsSpec) -> dict[str, Tensor]:
-    """The base's state dict in native names; empty where models have none in common."""
-    return {} if models.base is None else models.open_family().rename(read_weights(models.base))
-
-
-def read_layout(models: ModelsSpec, tasks: Sequence[str], base: Mapping[str, Tensor]) -> Layout:
-    """The layout of the bank that :func:`load_bank` gives, from the first fine-tuned model's shapes.
-
-    Raises :class:`CheckpointError` where a model is not there.
-    """
-    for task in tasks:
-        open_location(models.finetuned_location(task), nothing)
-    return Layout.of(next(iter(_sources(models, tasks, base).values()))())
 
 
 def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> tuple[ModelBank, dict[str, Tensor]]:
@@ -49,21 +27,14 @@ def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> t
     change; beside full weights an adapter is completed from the base. Raises :class:`CheckpointError` naming the file
     or the tensors.
     """
-    base = read_base(models)
-    sources = _sources(models, tasks, base)
+    family = models.open_family()
+    base = {} if models.base is None else family.rename(read_weights(models.base))
+    locations = {task: models.finetuned_location(task) for task in tasks}
+    unchanged = {} if all(map(is_adapter, locations.values())) else base
+    sources = {task: partial(_read, family, location, base, unchanged) for task, location in locations.items()}
     dtype = None if models.dtype == "auto" else getattr(torch, models.dtype)
     with progress.counted("read the models") as update:
         return ModelBank.build(base if models.base else None, sources, update, dtype), base
-
-
-def _sources(
-    models: ModelsSpec, tasks: Sequence[str], base: Mapping[str, Tensor]
-) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """What reads each fine-tuned model, the first in the bank's order first."""
-    family = models.open_family()
-    locations = {task: models.finetuned_location(task) for task in sorted(tasks)}
-    unchanged = {} if all(map(is_adapter, locations.values())) else base
-    return {task: partial(_read, family, location, base, unchanged) for task, location in locations.items()}
 
 
 def _read(

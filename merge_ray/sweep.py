@@ -37,7 +37,7 @@ from merge_ray.evaluate import References
 from merge_ray.families.base import ORDER_SEED
 from merge_ray.leaderboard import best_candidates, read_rows, write_leaderboard
 from merge_ray.methods.base import find_method, make_method
-from merge_ray.models import load_bank, make_heads, read_base, read_layout
+from merge_ray.models import load_bank, make_heads
 from merge_ray.progress import Progress
 from merge_ray.relatedness.nearest import read_distances
 from merge_ray.report import write_report
@@ -56,20 +56,18 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     The ledger in that directory answers for all that it already holds, so the same call after any
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
-    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory, before Ray
-    starts where that can be known, and before the models are loaded where they do not fit the cluster's memory;
-    :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
+    Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
+    before Ray starts where that can be known, and for models that do not fit the cluster's memory, before any host
+    loads them; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
     with spec.s3.applied(), own_results(spec.location, progress) as results:
-        base = read_base(spec.models)
-        layout = read_layout(spec.models, spec.task_names, base)
+        bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
+        fingerprints = _fingerprints(spec, bank, data, heads)
+        rows = _open_ledger(spec, results, fingerprints, retry_failed)
         with ray_session(progress):
-            plan = plan_sweep(spec, layout, ("finetuned", *_lower_references(spec)))
+            plan = plan_sweep(spec, bank, ("finetuned", *_lower_references(spec)))
             progress.line(plan.text)
-            bank, _ = load_bank(spec.models, spec.task_names, progress)
-            fingerprints = _fingerprints(spec, bank, data, heads)
-            rows = _open_ledger(spec, results, fingerprints, plan, retry_failed)
             with _start_actors(spec, results, bank, plan, data, heads, progress) as (pool, ledger):
                 sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
                 references = sweep.score_references()
@@ -299,7 +297,7 @@ def _fingerprints(
     )
 
 
-def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, plan: Plan, retry_failed: bool) -> Rows:
+def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, retry_failed: bool) -> Rows:
     """The rows that this sweep already has; raises :class:`LedgerError` if they belong to another sweep."""
     directory = results.directory
     identity = {"bank": fingerprints.bank, "data": dict(fingerprints.data), "protocol": fingerprints.protocol}
@@ -316,8 +314,7 @@ def _open_ledger(spec: SweepSpec, results: Results, fingerprints: Fingerprints, 
         distances = read_distances(spec.models.relatedness, spec.task_names)
         results.write("relatedness.parquet", distances.to_parquet)
     as_run = yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
-    described_now = json.dumps({**identity, "plan": plan.about()}, indent=2)
-    for name, text in {"sweep.json": described_now, "sweep.yaml": as_run}.items():
+    for name, text in {"sweep.json": json.dumps(identity, indent=2), "sweep.yaml": as_run}.items():
         results.write(name, methodcaller("write", text.encode()))
     rows = _rows_by_identity(directory)
     return {identity: row for identity, row in rows.items() if not (retry_failed and row["status"] == "failed")}

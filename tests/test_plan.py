@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from merge_ray.cluster.plan import Machine, Needs, Plan, format_bytes, make_plan
-from merge_ray.errors import MergeRayError
+from merge_ray.cluster.plan import Machine, Needs, Plan, make_plan
+from merge_ray.errors import MergeRayError, format_bytes
 from merge_ray.kernels import SLICE_STEP
 from merge_ray.methods.base import find_method
 
@@ -27,18 +27,11 @@ def test_what_is_added_up() -> None:
     assert (NEEDS.bank, NEEDS.skeleton, NEEDS.merge) == (32 * GB, 4 * GB, 4 * GB + 7 * GB // 8)
     assert NEEDS.device(1) == NEEDS.bank + NEEDS.merge + NEEDS.skeleton + 3 * GB
     assert NEEDS.device(2) == (NEEDS.bank + NEEDS.merge) // 2 + NEEDS.skeleton + 3 * GB
-    assert plan().needs == {
-        "bank": 32 * GB,
-        "skeleton": 4 * GB,
-        "merge": 4875 * GB // 1000,
-        "activations": 2 * GB,
-        "data": GB,
-    }
 
 
 def test_models_that_fit_are_held_by_every_host() -> None:
     chosen = plan()
-    assert (chosen.slices, chosen.hosts) == (1, 4)
+    assert chosen.slices == 1
     assert chosen.text == (
         "4 hosts, each with all models: 43.9 GB fit a device's 80 GB "
         "(bank 32 GB, skeleton 4 GB, merge 4.88 GB, activations 2 GB, data 1 GB)"
@@ -50,14 +43,14 @@ def test_models_that_do_not_fit_are_shared_by_as_few_hosts_as_do() -> None:
     assert plan(limit=NEEDS.device(1) - 1).slices == 2
     assert plan(limit=NEEDS.device(2)).slices == 2
     chosen = plan(limit=NEEDS.device(2) - 1)
-    assert (chosen.slices, chosen.hosts) == (3, 3)
+    assert chosen.slices == 3
     assert chosen.text.startswith("1 group of 3 hosts that share the models, for all are 43.9 GB and a device has 25.4")
     assert "a slice takes 19.3 GB where the model is scored" in chosen.text
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3])
 def test_slices_cover_all_columns_and_are_about_equal(slices: int) -> None:
-    chosen = Plan(slices, slices, "", {})
+    chosen = Plan(slices, "")
     for size in (1, SLICE_STEP + 1, 100 * SLICE_STEP + 7):
         ends = chosen.ends(size)
         assert len(ends) == slices + 1 and (ends[0], ends[-1]) == (0, size)
@@ -68,13 +61,13 @@ def test_slices_cover_all_columns_and_are_about_equal(slices: int) -> None:
 def test_on_cpus_the_bank_is_in_shared_memory_and_only_a_limit_limits_a_host() -> None:
     needs, node = replace(NEEDS, on_cpu=True, data=0), replace(NODE, device_memory=None, memory=200 * GB)
     assert plan(needs, node).slices == 1
-    assert "fit shared memory" in plan(needs, node).text
+    assert "42.9 GB fit memory" in plan(needs, node).text
     assert plan(needs, node, limit=30 * GB).slices == 2
     with pytest.raises(MergeRayError) as error:
-        plan(needs, replace(node, memory=60 * GB))
+        plan(needs, replace(node, memory=40 * GB))
     assert str(error.value) == (
-        "node gpus: the models as they are read, 32 GB, and 4 hosts of 10.9 GB each need 75.5 GB; it has 60 GB, "
-        "15.5 GB too little: hosts.count: 2 would fit; models.dtype: bfloat16 halves them; or add nodes"
+        "node gpus: 4 hosts of 10.9 GB each need 43.5 GB; 40 GB are left there, 3.5 GB too little: hosts.count: 3 "
+        "would fit, or add nodes"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,13 @@ def compare(name: str, parameters: dict[str, Any], bank: ModelBank, slices: list
 def test_slices_are_merged_to_the_same_bits(name: str, parameters: dict[str, Any]) -> None:
     bank = ModelBank.build(*make_models())
     compare(name, parameters, bank, cut(bank, [0, BLOCK, 5 * BLOCK, bank.layout.size]))
+
+
+def test_saved_masks_are_cut_to_the_slices(tmp_path: Path) -> None:
+    bank = ModelBank.build(*make_models())
+    np.savez(tmp_path / "masks.npz", **merge_whole("tall_mask", {}, bank).artifacts())
+    parameters = {"masks": str(tmp_path / "masks.npz")}
+    compare("tall_mask", parameters, bank, cut(bank, [0, BLOCK, 5 * BLOCK, bank.layout.size]))
 
 
 @pytest.mark.parametrize(("name", "parameters"), VARIANTS)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -26,8 +26,12 @@ from merge_ray import kernels
 from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate
 from merge_ray.cluster.setup import HostSetup
+from merge_ray.errors import MergeRayError
 from merge_ray.methods.base import Merged, MergeInputs, with_own_tensors
 from merge_ray.methods.merge_cache import MergeCache
+
+PATIENCE = 300.0
+"""Seconds in which the further hosts of a group must be ready; their node may be gone, and no other have room."""
 
 
 @dataclass
@@ -160,7 +164,10 @@ class Group:
         self.hosts = [
             make.remote(setup, index, [arrays], self._meeting) for index, arrays in enumerate(slices[1:], start=1)
         ]
-        ray.get([host.__ray_ready__.remote() for host in self.hosts])
+        try:
+            ray.get([host.__ray_ready__.remote() for host in self.hosts], timeout=PATIENCE)
+        except GetTimeoutError:
+            raise MergeRayError(f"no room came for {len(self.hosts)} further hosts of a group") from None
         self._number = 0
         self._merging: list[ray.ObjectRef] = []
 
@@ -185,7 +192,7 @@ class Group:
         try:
             return list(ray.get(list(calls)))
         except RayTaskError as error:
-            raise error.cause from None
+            raise error.cause or error from None
         except RayError:
             os._exit(1)
 

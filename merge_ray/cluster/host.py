@@ -71,7 +71,7 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(len(self.bank.base) * self.evaluator.skeleton.flat.element_size(), setup.kept)
+        self.cache = MergeCache(self.evaluator.skeleton.flat[self.bank.columns].nbytes, setup.kept)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None

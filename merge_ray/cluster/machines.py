@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
 import ray
 import torch
 from ray.exceptions import RayError
 
-from merge_ray.bank import Layout
+from merge_ray.bank import ModelBank
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.nodes import Node, Room, live_nodes
 from merge_ray.cluster.plan import Machine, Needs, Plan, make_plan
@@ -19,10 +20,10 @@ from merge_ray.spec import SweepSpec
 from merge_ray.tasks import cache_directory, open_task
 
 
-def plan_sweep(spec: SweepSpec, layout: Layout, references: Sequence[str]) -> Plan:
-    """Choose how the hosts hold the models; see :func:`merge_ray.cluster.plan.make_plan`.
+def plan_sweep(spec: SweepSpec, bank: ModelBank, references: Sequence[str]) -> Plan:
+    """Choose how the hosts hold the bank's models; see :func:`merge_ray.cluster.plan.make_plan`.
 
-    layout: of the bank. references: the methods that run beside the studies'. The tasks' data are in the cache.
+    references: the methods that run beside the studies'. The tasks' data are in the cache.
     """
     nodes = live_nodes()
     try:
@@ -30,12 +31,11 @@ def plan_sweep(spec: SweepSpec, layout: Layout, references: Sequence[str]) -> Pl
     except MergeRayError:
         if not adds_nodes():
             raise
-        return Plan(1, spec.hosts.count or 0, "hosts with all models each, as soon as there are nodes for them", {})
-    dtype = layout.dtype if spec.models.dtype == "auto" else getattr(torch, spec.models.dtype)
+        return Plan(1, "hosts with all models each, as soon as there are nodes for them")
     on_cpu = room.device == "cpu"
     activations = spec.models.open_family().activation_bytes(spec.evaluation.batch_size)
     data = 0 if on_cpu else _resident_bytes(spec)
-    needs = Needs(len(spec.tasks), layout.size, dtype.itemsize, activations, data, on_cpu)
+    needs = Needs(len(bank.tasks), bank.layout.size, bank.base.itemsize, activations, data, on_cpu)
     names = {*references, *(study.method for study in spec.studies.values())}
     methods = [find_method(name) for name in sorted(names)]
     return make_plan(needs, _machines(room, nodes), spec.hosts.count, spec.hosts.device_memory, methods)
@@ -55,8 +55,18 @@ def _machines(room: Room, nodes: Sequence[Node]) -> list[Machine]:
     """The nodes' memory."""
     driver = ray.get_runtime_context().get_node_id()
     memory = _device_memory(nodes) if room.device == "cuda" else {}
+    # What Ray was started with does not know of the models that have been read since; its object store is yet to fill.
+    available = psutil.virtual_memory().available
+    left = {node.id: max(0, min(node.memory, available - node.object_store)) for node in nodes if node.id == driver}
     return [
-        Machine(node.name, room.on(node), memory.get(node.id), node.memory, node.object_store, node.id == driver)
+        Machine(
+            node.name,
+            room.on(node),
+            memory.get(node.id),
+            left.get(node.id, node.memory),
+            node.object_store,
+            driver=node.id == driver,
+        )
         for node in nodes
     ]
 

@@ -1,6 +1,6 @@
 """What a sweep needs of the cluster's memory, and whether its hosts hold all models each or share them in groups.
 
-Decided before anything is loaded, from the models' shapes, by adding up
+Decided before any host loads them, by adding up
 
 * the bank: all models in the dtype that they are held in, once a device, or on CPUs once a node in Ray's object store;
 * the skeleton: the scored model in float32;
@@ -14,11 +14,10 @@ Of the bank and the merge a host that shares them has its part. What libraries t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from merge_ray.errors import MergeRayError
+from merge_ray.errors import MergeRayError, format_bytes
 from merge_ray.kernels import SLICE_STEP
 from merge_ray.methods.base import Method
 
@@ -31,7 +30,7 @@ class Machine:
     """A node as far as memory goes, in bytes.
 
     devices: how many hosts it has devices (or cores) for. device_memory: of one device; None for CPUs, which have no
-    memory of their own. memory: what Ray gives to processes. driver: whether the models are read here.
+    memory of their own. memory: what is left for processes. driver: whether all models go into its object store.
     """
 
     name: str
@@ -96,23 +95,16 @@ class Needs:
 class Plan:
     """What was chosen: each host holds the whole bank (``slices`` is 1), or groups of ``slices`` hosts share it.
 
-    hosts: how many devices or cores are used. text: the choice and its reason, for people. needs: the parts that were
-    added up, in bytes.
+    text: the choice and its reason, for people.
     """
 
     slices: int
-    hosts: int
     text: str
-    needs: Mapping[str, int]
 
     def ends(self, size: int) -> tuple[int, ...]:
         """Where the slices of ``size`` columns start and end: about equal, cut where kernels can work on them."""
         blocks = math.ceil(size / SLICE_STEP)
         return tuple(min(size, blocks * place // self.slices * SLICE_STEP) for place in range(self.slices + 1))
-
-    def about(self) -> dict[str, Any]:
-        """The plan in plain values."""
-        return {"slices": self.slices, "hosts": self.hosts, "because": self.text, "bytes": dict(self.needs)}
 
 
 def make_plan(
@@ -134,8 +126,8 @@ def make_plan(
     _check_machines(needs, machines, slices, hosts)
     parts = {name: getattr(needs, name) for name in ("bank", "skeleton", "merge", "activations", "data")}
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-    place = "shared memory" if needs.on_cpu and device is None else f"a device's {format_bytes(device or 0)}"
     if slices == 1:
+        place = "memory" if device is None else f"a device's {format_bytes(device)}"
         text = f"{_count(hosts, 'host')}, each with all models: {format_bytes(needs.device(1))} fit {place} ({listed})"
     else:
         text = (
@@ -143,7 +135,7 @@ def make_plan(
             f"{format_bytes(needs.device(1))} and a device has {format_bytes(device or 0)} ({listed}); a slice takes "
             f"{format_bytes(needs.device(slices))} where the model is scored"
         )
-    return Plan(slices, hosts, text, parts)
+    return Plan(slices, text)
 
 
 def _slices(needs: Needs, device: int | None, hosts: int, methods: Sequence[type[Method]]) -> int:
@@ -174,7 +166,7 @@ def _slices(needs: Needs, device: int | None, hosts: int, methods: Sequence[type
 
 
 def _check_machines(needs: Needs, machines: Sequence[Machine], slices: int, hosts: int) -> None:
-    """Raise :class:`MergeRayError` where a node's shared or own memory is too small."""
+    """Raise :class:`MergeRayError` where a node's object store or the rest of its memory is too small."""
     smaller = "models.dtype: bfloat16 halves them; " if needs.itemsize > 2 else ""
     spread = hosts
     for machine in machines:
@@ -190,28 +182,16 @@ def _check_machines(needs: Needs, machines: Sequence[Machine], slices: int, host
                 f"to disk from {format_bytes(room)} on, {format_bytes(stored - room)} too much: {smaller}or give Ray "
                 f"more shared memory there (ray start --object-store-memory {wanted})"
             )
-        held = here * needs.process(slices) + (needs.bank if machine.driver else 0)
-        if held > machine.memory:
-            each = needs.process(slices)
-            fit = max(0, machine.memory - (needs.bank if machine.driver else 0)) // max(1, each)
-            fewer = f"hosts.count: {fit} would fit" if fit else "a node with more memory is needed"
-            read = f"the models as they are read, {format_bytes(needs.bank)}, and " if machine.driver else ""
+        each = needs.process(slices)
+        if (missing := here * each - machine.memory) > 0:
+            fit = machine.memory // each
+            fewer = f"hosts.count: {fit} would fit" if fit > 0 else "a node with more memory is needed"
             raise MergeRayError(
-                f"node {machine.name}: {read}{_count(here, 'host')} of {format_bytes(each)} each need "
-                f"{format_bytes(held)}; it has {format_bytes(machine.memory)}, {format_bytes(held - machine.memory)} "
-                f"too little: {fewer}; {smaller}or add nodes"
+                f"node {machine.name}: {_count(here, 'host')} of {format_bytes(each)} each need "
+                f"{format_bytes(here * each)}; {format_bytes(machine.memory)} are left there, {format_bytes(missing)} "
+                f"too little: {fewer}, or add nodes"
             )
 
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-def format_bytes(size: int) -> str:
-    """A size as people say it: in decimal units, as in specs."""
-    value, unit = float(size), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

@@ -40,44 +40,45 @@ def kth_magnitudes(task_vectors: TaskVectors, bounds: np.ndarray, ranks: Sequenc
         _ranked(task_vectors, slice(start, stop), rank, total)
         for start, stop, rank in zip(bounds.tolist(), bounds.tolist()[1:], ranks, strict=False)
     ]
-    return torch.from_numpy(np.stack(values, axis=1)).to(task_vectors.device)
+    return torch.stack(values, dim=1)
 
 
 def kth_magnitude(row: Tensor, rank: int) -> float:
     """The ``rank``-th smallest magnitude (from 1) of ``row`` ``[n]``; 0 for rank 0."""
-    return float(_ranked(row[None], slice(0, len(row)), rank, alone)[0])
+    return float(_ranked(row[None], slice(0, len(row)), rank, alone))
 
 
-def _ranked(task_vectors: TaskVectors, segment: slice, rank: int, total: Total) -> np.ndarray:
+def _ranked(task_vectors: TaskVectors, segment: slice, rank: int, total: Total) -> Tensor:
     """Every row's ``rank``-th smallest magnitude in a segment: float32 ``[T]``.
 
     Magnitudes are ordered as the integers that their bits spell: a histogram of the upper half of the bits finds
     the threshold's, one of the lower half among those finds it exactly.
     """
-    rows = len(task_vectors)
+    ranks = torch.full((len(task_vectors), 1), rank, device=task_vectors.device)
     if rank == 0:
-        return np.zeros(rows, dtype=np.float32)
-    upper, ranks = _rank_digits(task_vectors, segment, np.full(rows, rank), None, total)
+        return ranks[:, 0].float()
+    upper, ranks = _rank_digits(task_vectors, segment, ranks, None, total)
     lower, _ = _rank_digits(task_vectors, segment, ranks, upper, total)
-    return ((upper << 16) | lower).astype(np.int32).view(np.float32)
+    return ((upper << 16) | lower)[:, 0].int().view(torch.float32)
 
 
 def _rank_digits(
-    task_vectors: TaskVectors, segment: slice, ranks: np.ndarray, prefixes: np.ndarray | None, total: Total
-) -> tuple[np.ndarray, np.ndarray]:
-    """The 16-bit digits ``[T]`` that the ranked magnitudes have, and their ranks among those that have them."""
+    task_vectors: TaskVectors, segment: slice, ranks: Tensor, prefixes: Tensor | None, total: Total
+) -> tuple[Tensor, Tensor]:
+    """The 16-bit digits ``[T, 1]`` that the ranked magnitudes have, and their ranks among those that have them."""
     counts = torch.zeros(len(task_vectors), 1 << 16, dtype=torch.int64, device=task_vectors.device)
     for start in range(segment.start, segment.stop, CHUNK):
         columns = slice(start, min(start + CHUNK, segment.stop))
         for task in range(len(task_vectors)):
             magnitude = task_vectors[task, columns].view(torch.int32) & 0x7FFFFFFF
             upper = magnitude >> 16
-            digits = upper if prefixes is None else magnitude[upper == int(prefixes[task])] & 0xFFFF
+            digits = upper if prefixes is None else magnitude[upper == prefixes[task]] & 0xFFFF
             counts[task] += torch.bincount(digits, minlength=1 << 16)
-    up_to = total(counts.cpu().numpy()).cumsum(axis=1)
-    found = (up_to < ranks[:, None]).sum(axis=1)
-    before = np.where(found > 0, up_to[np.arange(len(found)), found - 1], 0)
-    return found, ranks - before
+    if total is not alone:
+        counts = torch.from_numpy(total(counts.cpu().numpy())).to(counts.device)
+    up_to = counts.cumsum(1)
+    digits = torch.searchsorted(up_to, ranks)
+    return digits, ranks - (up_to - counts).gather(1, digits)
 
 
 def _limits(thresholds: Tensor, bounds: np.ndarray, columns: slice) -> Tensor:
