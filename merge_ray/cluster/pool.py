@@ -59,7 +59,7 @@ class HostPool:
 
     start: ``start(node, room, options)`` makes an actor with Ray's ``options``. check: ``check(node)`` starts the task
     that raises where a node cannot do the work; None where there is no need. size: the hosts that are wanted, or as
-    as many as fitted at first. slices: so many devices does a host have, of which one is its own and the others are of
+    many as fitted at first. slices: so many devices does a host have, of which one is its own and the others are of
     further hosts that it starts; see :mod:`merge_ray.cluster.group`. The count that is wanted is one of devices.
 
     Raises :class:`MergeRayError` where fewer hosts fit than are wanted, but waits on a cluster that adds nodes.
