@@ -115,6 +115,15 @@ def test_slices_are_merged_to_the_same_bits(name: str, parameters: dict[str, Any
     compare(name, parameters, bank, cut(bank, [0, BLOCK, 5 * BLOCK, bank.layout.size]))
 
 
+@pytest.mark.parametrize("pair", [("task0", "task2"), ("task1", "task2")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ties", "tall_mask"])
+def test_a_pair_of_the_models_is_merged_in_slices(name: str, dtype: torch.dtype, pair: tuple[str, str]) -> None:
+    bank = ModelBank.build(*make_models(dtype))
+    slices = cut(bank, [0, 5 * BLOCK, bank.layout.size])
+    compare(name, {}, bank.of(pair), [part.of(pair) for part in slices])
+
+
 def test_saved_masks_are_cut_to_the_slices(tmp_path: Path) -> None:
     bank = ModelBank.build(*make_models())
     np.savez(tmp_path / "masks.npz", **merge_whole("tall_mask", {}, bank).artifacts())

@@ -167,7 +167,8 @@ class Group:
         try:
             ray.get([host.__ray_ready__.remote() for host in self.hosts], timeout=PATIENCE)
         except GetTimeoutError:
-            raise MergeRayError(f"no room came for {len(self.hosts)} further hosts of a group") from None
+            reason = f"no room came for the other {len(self.hosts)} of a group's hosts in {PATIENCE:.0f} s"
+            raise MergeRayError(reason) from None
         self._number = 0
         self._merging: list[ray.ObjectRef] = []
 
