@@ -126,7 +126,8 @@ def test_a_pair_of_the_models_is_merged_in_slices(name: str, dtype: torch.dtype,
 
 def test_saved_masks_are_cut_to_the_slices(tmp_path: Path) -> None:
     bank = ModelBank.build(*make_models())
-    np.savez(tmp_path / "masks.npz", **merge_whole("tall_mask", {}, bank).artifacts())
+    masks: dict[str, Any] = dict(merge_whole("tall_mask", {}, bank).artifacts())
+    np.savez(tmp_path / "masks.npz", **masks)
     parameters = {"masks": str(tmp_path / "masks.npz")}
     compare("tall_mask", parameters, bank, cut(bank, [0, BLOCK, 5 * BLOCK, bank.layout.size]))
 
