@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from merge_ray.bank import Entry, Layout, ModelBank
-from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.nodes import versions
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.evaluate import Evaluator
 from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import MergeInputs, make_method
@@ -146,7 +146,7 @@ def second_host(spec: SweepSpec, progress: Progress) -> float:
     extras = {name: tensor.numpy() for name, tensor in family.tower(small.extras).items()}
 
     def private(setup: HostSetup, arrays: dict[str, np.ndarray]) -> float:
-        pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, arrays, extras)
+        pool = HostPool.start("memory", HostsSpec(count=2, threads=1), setup, [arrays], extras)
         pool.wait_until_ready()
         used = psutil.Process(ray.get(pool.hosts[1].actor.process_id.remote())).memory_full_info().uss
         pool.close()

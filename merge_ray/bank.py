@@ -1,8 +1,10 @@
-"""All the models of a merge as flat float32 vectors over one layout.
+"""All the models of a merge as flat vectors over one layout.
 
 A *layout* says where each mergeable tensor lies in a flat vector of length ``P``: the floating-point tensors,
 raveled in C order, in the sorted order of their names. A *bank* holds the base model ``[P]`` and the task
-vectors ``[T, P]`` (fine-tuned minus base) over it, once.
+vectors ``[T, P]`` (fine-tuned minus base) over it, once; or a slice of the columns, where a group of hosts shares them.
+Models of which every tensor is bfloat16 or float16 are held as such; their task vectors are made in float32 where they
+are read (:class:`merge_ray.kernels.DerivedTaskVectors`), to the same bits as if they had been held.
 """
 
 from __future__ import annotations
@@ -11,16 +13,20 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from merge_ray.errors import CheckpointError
+from merge_ray import kernels
+from merge_ray.errors import CheckpointError, format_bytes
+from merge_ray.kernels import DerivedTaskVectors, TaskVectors
 
 StateDict = Mapping[str, Tensor]
 LISTED_PROBLEMS = 12
@@ -82,8 +88,17 @@ class Layout:
         """Every tensor by name, in its shape, as a view of ``flat`` ``[P]``."""
         return {entry.name: flat[entry.offset : entry.offset + entry.size].view(entry.shape) for entry in self.entries}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What holds every tensor without rounding: the tensors' own 16-bit dtype if they share one, or float32.
+
+        (Double precision is not kept: merges are made in float32.)
+        """
+        dtypes = {entry.dtype for entry in self.entries}
+        return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+
     def flatten(self, state: StateDict, out: Tensor | None = None) -> Tensor:
-        """The state dict's tensors as one float32 vector ``[P]``, written into ``out`` if given."""
+        """The state dict's tensors as one vector ``[P]``, float32, or written into ``out`` if given."""
         flat = torch.empty(self.size) if out is None else out
         for name, view in self.views(flat).items():
             view.copy_(state[name].detach())
@@ -97,20 +112,21 @@ class Layout:
 
 @dataclass
 class ModelBank:
-    """The base model and the task vectors over one layout.
+    """The base model and the task vectors over one layout, or over a slice of its columns.
 
-    base: float32 ``[P]``, zero where the models have none in common. task_vectors: float32 ``[T, P]``, fine-tuned minus
-    base, both taken to float32 first.
+    base: float32 ``[P]``, or 16 bits; zero where the models have none in common. task_vectors: float32 ``[T, P]``,
+    fine-tuned minus base, both taken to float32 first. start: the first of the layout's columns that is here.
     tasks: their names, sorted. extras: the base's tensors that are not merged (integer buffers, and tensors that
     no fine-tuned model has). fingerprint: a hash of all of this.
     """
 
     layout: Layout
     base: Tensor
-    task_vectors: Tensor
+    task_vectors: Any  # kernels' TaskVectors: a tensor unless the models are held in 16 bits, which callers know
     tasks: tuple[str, ...]
     extras: dict[str, Tensor]
     fingerprint: str
+    start: int = 0
 
     @classmethod
     def build(
@@ -118,14 +134,18 @@ class ModelBank:
         base: StateDict | None,
         finetuned: Mapping[str, StateDict | Callable[[], StateDict]],
         progress: Callable[[int, int], None] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ModelBank:
         """Lay the models out flat. A callable gives its model when asked, so that one is loaded at a time.
 
         Without a base (None) the models have none in common: the bank's base is zero, its task vectors are the models
         themselves, and integer tensors are the mean of theirs, cut to integers.
 
+        dtype: what the models are held in, each weight rounded once; None for :attr:`Layout.dtype`, which rounds none.
+
         ``progress(done, total)`` is called after each fine-tuned model. Raises :class:`CheckpointError` naming
-        the tensors where a model does not fit the base or the other models, or holds NaN or infinity.
+        the tensors where a model does not fit the base or the other models, or holds NaN or infinity, and before a
+        second one is read where all of them need more memory than is left.
         """
         if not finetuned:
             raise CheckpointError("there are no fine-tuned models to merge")
@@ -141,18 +161,22 @@ class ModelBank:
             _raise_problems(task, _misfits(state, reference, "the base model" if base is not None else repr(tasks[0])))
             if layout is None:
                 layout = Layout.of(state)
-                flat_base = torch.zeros(layout.size)
+                dtype = dtype or layout.dtype
+                _check_memory((len(tasks) + 1) * layout.size, dtype)
+                flat_base = torch.zeros(layout.size, dtype=dtype)
                 if base is not None:
-                    flat_base = _flatten_finite("the base model", layout, base)
-                task_vectors = torch.empty(len(tasks), layout.size)
+                    _flatten_finite("the base model", layout, base, flat_base)
+                models = torch.empty(len(tasks), layout.size, dtype=dtype)
             _raise_problems(task, _differing_names(state, layout, tasks[0]))
-            _flatten_finite(task, layout, state, out=task_vectors[index])
-            task_vectors[index] -= flat_base
+            _flatten_finite(task, layout, state, models[index])
+            if dtype == torch.float32:
+                models[index] -= flat_base
             for name in state.keys() - set(layout.names):
                 integers.setdefault(name, []).append(state[name])
             if progress:
                 progress(index + 1, len(tasks))
         assert layout is not None
+        task_vectors = models if dtype == torch.float32 else DerivedTaskVectors(models, flat_base)
         if base is not None:
             extras = {name: tensor for name, tensor in base.items() if name not in set(layout.names)}
         else:
@@ -163,9 +187,27 @@ class ModelBank:
         fingerprint = _fingerprint(layout, flat_base, task_vectors, tasks, extras)
         return cls(layout, flat_base, task_vectors, tasks, extras, fingerprint)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """``base`` and ``task_vectors`` as NumPy arrays that share the tensors' memory."""
-        return {"base": self.base.numpy(), "task_vectors": self.task_vectors.numpy()}
+    @property
+    def columns(self) -> slice:
+        """Which of the layout's columns are here."""
+        return slice(self.start, self.start + len(self.base))
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Where each tensor starts among the columns that are here, and where the last one ends: int64 ``[L + 1]``."""
+        return np.clip(self.layout.bounds, self.columns.start, self.columns.stop) - self.start
+
+    def arrays(self, columns: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The vectors as NumPy arrays that share the tensors' memory; bfloat16 goes as int16.
+
+        ``base``, and ``task_vectors`` or, where these are derived, ``models``.
+        """
+        rows = self.task_vectors
+        held = {"task_vectors": rows} if isinstance(rows, Tensor) else {"models": rows.models}
+        return {
+            name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor)[..., columns].numpy()
+            for name, tensor in {"base": self.base, **held}.items()
+        }
 
     @classmethod
     def from_arrays(
@@ -175,13 +217,17 @@ class ModelBank:
         tasks: Sequence[str],
         extras: Mapping[str, Tensor],
         fingerprint: str,
+        start: int = 0,
     ) -> ModelBank:
         """The bank over arrays from :meth:`arrays`, without a copy; they may be read-only shared memory."""
         with warnings.catch_warnings():
             # torch warns that it cannot mark a tensor as read-only; nothing writes to a bank.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            base, task_vectors = (torch.from_numpy(arrays[name]) for name in ("base", "task_vectors"))
-        return cls(layout, base, task_vectors, tuple(tasks), dict(extras), fingerprint)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        held = {name: one.view(torch.bfloat16) if one.dtype == torch.int16 else one for name, one in tensors.items()}
+        base = held["base"]
+        rows = held["task_vectors"] if "task_vectors" in held else DerivedTaskVectors(held["models"], base)
+        return cls(layout, base, rows, tuple(tasks), dict(extras), fingerprint, start)
 
     def of(self, tasks: Sequence[str]) -> ModelBank:
         """The bank of some of the tasks alone, in its own order; two rows are not copied."""
@@ -195,7 +241,9 @@ class ModelBank:
 
     def to(self, device: torch.device | str) -> ModelBank:
         """The bank with its vectors on ``device`` (the same memory if they are there already)."""
-        return dataclasses.replace(self, base=self.base.to(device), task_vectors=self.task_vectors.to(device))
+        base, rows = self.base.to(device), self.task_vectors
+        moved = rows.to(device) if isinstance(rows, Tensor) else DerivedTaskVectors(rows.models.to(device), base)
+        return dataclasses.replace(self, base=base, task_vectors=moved)
 
     def state_dict(self, flat: Tensor) -> dict[str, Tensor]:
         """The state dict of flat weights ``[P]``: see :meth:`Layout.unflatten`, with the extras beside."""
@@ -221,7 +269,7 @@ def _misfits(state: StateDict, base: StateDict, other: str) -> list[str]:
         elif tensor.shape != base[name].shape:
             problems.append(f"{name}: shape {list(tensor.shape)}, in {other} {list(base[name].shape)}")
         elif tensor.dtype != base[name].dtype:
-            problems.append(f"{name}: dtype {_dtype(tensor)}, in {other} {_dtype(base[name])}")
+            problems.append(f"{name}: dtype {_name(tensor.dtype)}, in {other} {_name(base[name].dtype)}")
     return problems
 
 
@@ -234,8 +282,8 @@ def _differing_names(state: StateDict, layout: Layout, first: str) -> list[str]:
     return missing + [f"{name}: present here, missing in {first!r}" for name in sorted(names - set(layout.names))]
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _raise_problems(model: str, problems: Sequence[str]) -> None:
@@ -246,21 +294,36 @@ def _raise_problems(model: str, problems: Sequence[str]) -> None:
         raise CheckpointError("\n  ".join([f"{model}: this model cannot be merged:", *lines]))
 
 
-def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor | None = None) -> Tensor:
+def _check_memory(weights: int, dtype: torch.dtype) -> None:
+    """Raise :class:`CheckpointError` where so many weights are more than this machine has memory left for."""
+    needed, left = weights * dtype.itemsize, psutil.virtual_memory().available
+    if needed > left:
+        smaller = "hold them in 16 bits (models.dtype in a spec), or " if dtype.itemsize > 2 else ""
+        raise CheckpointError(
+            f"the models are {format_bytes(needed)} in {_name(dtype)}, and this machine has {format_bytes(left)} of "
+            f"memory left, {format_bytes(needed - left)} too little: {smaller}merge fewer models"
+        )
+
+
+def _flatten_finite(model: str, layout: Layout, state: StateDict, out: Tensor) -> None:
     flat = layout.flatten(state, out)
     problems = []
     for name, view in layout.views(flat).items():
         # The smallest and largest element are NaN if any element is: no mask as large as the tensor is needed.
         if view.numel() and not torch.isfinite(torch.stack(torch.aminmax(view))).all():
-            problems.append(f"{name}: {int((~torch.isfinite(view)).sum())} values are NaN or infinite (as float32)")
+            problems.append(
+                f"{name}: {int((~torch.isfinite(view)).sum())} values are NaN or infinite (as {_name(out.dtype)})"
+            )
     _raise_problems(model, problems)
-    return flat
 
 
-def _fingerprint(layout: Layout, base: Tensor, task_vectors: Tensor, tasks: Iterable[str], extras: StateDict) -> str:
-    vectors = [base, *task_vectors]
+def _fingerprint(
+    layout: Layout, base: Tensor, task_vectors: TaskVectors, tasks: Sequence[str], extras: StateDict
+) -> str:
+    # Of the float32 vectors, in whatever they are held.
+    vectors = [(base[None], 0), *((task_vectors, task) for task in range(len(tasks)))]
     with ThreadPoolExecutor(max(1, min(len(vectors), torch.get_num_threads()))) as pool:
-        digests = list(pool.map(digest, vectors))
+        digests = list(pool.map(lambda vector: _digest_row(*vector), vectors))
     parts = {
         "layout": [[entry.name, list(entry.shape), str(entry.dtype)] for entry in layout.entries],
         "base": digests[0],
@@ -268,6 +331,14 @@ def _fingerprint(layout: Layout, base: Tensor, task_vectors: Tensor, tasks: Iter
         "extras": {name: [str(extras[name].dtype), digest(extras[name])] for name in sorted(extras)},
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest_row(rows: TaskVectors, row: int) -> str:
+    """The SHA-256 of a row as float32."""
+    hashed = hashlib.sha256()
+    for columns in kernels.slabs(rows):
+        hashed.update(rows[row, columns].float().numpy().data)
+    return hashed.hexdigest()
 
 
 def digest(tensor: Tensor) -> str:

@@ -47,3 +47,13 @@ def choose_from(value: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Valid: {', '.join(repr(word) for word in words)}"
+
+
+def format_bytes(size: int) -> str:
+    """A size as people say it: in decimal units, as in specs."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

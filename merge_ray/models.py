@@ -32,8 +32,9 @@ def load_bank(models: ModelsSpec, tasks: Sequence[str], progress: Progress) -> t
     locations = {task: models.finetuned_location(task) for task in tasks}
     unchanged = {} if all(map(is_adapter, locations.values())) else base
     sources = {task: partial(_read, family, location, base, unchanged) for task, location in locations.items()}
+    dtype = None if models.dtype == "auto" else getattr(torch, models.dtype)
     with progress.counted("read the models") as update:
-        return ModelBank.build(base if models.base else None, sources, update), base
+        return ModelBank.build(base if models.base else None, sources, update, dtype), base
 
 
 def _read(

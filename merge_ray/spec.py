@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer
 
 from merge_ray.errors import choose_from
 from merge_ray.evaluate import CALIBRATION_SAMPLES
@@ -47,6 +47,8 @@ class ModelsSpec(Strict):
     finetuned: str | dict[str, str]
     heads: str | dict[str, str] | None = None
     """Saved classification heads; without them zero-shot heads come from the base's text tower."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the models are held in; another than their own rounds each weight once. ``auto`` rounds none."""
     relatedness: str | None = None
     """The distances between the models: a results directory of ``merge-ray relatedness``, or a Parquet or CSV file."""
     nearest: int | None = Field(None, ge=1)
@@ -253,6 +255,9 @@ class HostsSpec(Strict):
     count: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_memory: ByteSize | None = Field(None, gt=0)
+    """At most so much of a device's memory is used (``8GB``); all of a GPU's otherwise. Where all models and what goes
+    with them are more, groups of hosts share them in slices, each of which counts as a host."""
 
 
 class SweepSpec(Strict):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, Fingerprints, fingerprint_of, ledger_row
 from merge_ray.checkpoints import fingerprint_file
 from merge_ray.cluster.errors import cause
-from merge_ray.cluster.host import HostSetup
 from merge_ray.cluster.interrupt import interruption
 from merge_ray.cluster.learning import learn_all
 from merge_ray.cluster.ledger import compact, forget_learned, keep, record, share, start_results_actor
+from merge_ray.cluster.machines import plan_sweep
 from merge_ray.cluster.nodes import versions
+from merge_ray.cluster.plan import Plan
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import DataError, LedgerError
 from merge_ray.evaluate import References
@@ -55,18 +57,22 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
     interruption does only what is missing. ``retry_failed`` scores candidates again whose rows say ``failed``.
 
     Raises :class:`merge_ray.errors.MergeRayError` for anything wrong with models, data or the directory,
-    before Ray starts where that can be known; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
+    before Ray starts where that can be known, and for models that do not fit the cluster's memory, before any host
+    loads them; :class:`merge_ray.errors.SweepInterrupted` after a Ctrl-C in the search.
     """
     with spec.s3.applied(), own_results(spec.location, progress) as results:
         bank, base = load_bank(spec.models, spec.task_names, progress)
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
         rows = _open_ledger(spec, results, fingerprints, retry_failed)
-        with ray_session(progress), _start_actors(spec, results, bank, data, heads, progress) as (pool, ledger):
-            sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
-            references = sweep.score_references()
-            sweep.search(references)
-            sweep.confirm(references)
+        with ray_session(progress):
+            plan = plan_sweep(spec, bank, ("finetuned", *_lower_references(spec)))
+            progress.line(plan.text)
+            with _start_actors(spec, results, bank, plan, data, heads, progress) as (pool, ledger):
+                sweep = _Sweep(spec, fingerprints, pool, ledger, rows, progress)
+                references = sweep.score_references()
+                sweep.search(references)
+                sweep.confirm(references)
         with progress.step("leaderboard and report"):
             write_leaderboard(results, spec.evaluation.objective)
             write_report(results)
@@ -95,9 +101,7 @@ class _Sweep:
             finetuned = [self._candidate("finetuned", "finetuned", split) for split in splits]
             self._score(finetuned, None)
             references = {split: self._scores(row) for split, row in zip(splits, finetuned, strict=True)}
-            lower: dict[str, dict[str, Any]] = {"pretrained": {}}
-            if not self.spec.models.base:
-                lower["average_label"] = {"released": self.spec.evaluation.released_average}
+            lower = _lower_references(self.spec)
             others = [self._candidate(name, name, split, lower[name]) for name, split in product(lower, splits)]
             self._score(others, references)
         return references
@@ -203,6 +207,13 @@ class _Sweep:
     ) -> Candidate:
         made = make_method(method, parameters or {})
         return Candidate.of(self.spec.name, study, made, self.spec.seed, split, self.fingerprints, pair)
+
+
+def _lower_references(spec: SweepSpec) -> dict[str, dict[str, Any]]:
+    """The methods that every merge should beat, with their parameters."""
+    if spec.models.base:
+        return {"pretrained": {}}
+    return {"pretrained": {}, "average_label": {"released": spec.evaluation.released_average}}
 
 
 def _domains(score: Mapping[str, Any]) -> dict[str, float]:
@@ -323,6 +334,7 @@ def _start_actors(
     spec: SweepSpec,
     results: Results,
     bank: ModelBank,
+    plan: Plan,
     data: Mapping[str, Mapping[str, str]],
     heads: Mapping[str, np.ndarray],
     progress: Progress,
@@ -349,12 +361,13 @@ def _start_actors(
         cache=cache_directory().absolute(),
         s3=spec.s3,
         kept=spec.directory.resolve() / "learning",
+        ends=plan.ends(bank.layout.size),
     )
     # Names are for the dashboard; the time keeps two sweeps of one driver apart.
     name = f"{spec.name}@{time.strftime('%H:%M:%S')}"
-    pool = HostPool.start(
-        name, spec.hosts, setup, bank.arrays(), {name: tensor.numpy() for name, tensor in extras.items()}, progress.warn
-    )
+    slices = [bank.arrays(slice(start, stop)) for start, stop in pairwise(setup.ends)]
+    shared_extras = {name: tensor.numpy() for name, tensor in extras.items()}
+    pool = HostPool.start(name, spec.hosts, setup, slices, shared_extras, progress.warn)
     ledger = start_results_actor(results, f"{name}/results", spec.s3.environment())
     try:
         with progress.step("load the models into the hosts"):

@@ -338,7 +338,7 @@ def test_layer_kernels_agree_with_torch_and_with_the_path_of_accelerators(
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     monkeypatch.setattr(kernels.layers, "CHUNK", 1000)
     results.append((kernels.layers.chunked_layer_sum(rows, coefficients, bounds, torch.empty(9001), base, election),
-                    kernels.layers.chunked_layer_dots(rows, gradient, bounds, election)))  # fmt: skip
+                    kernels.layers.chunked_layer_dots(rows, gradient, bounds, election).float()))  # fmt: skip
     for got in results:
         torch.testing.assert_close(got[0], weights)
         torch.testing.assert_close(got[1], dots, rtol=1e-4, atol=1e-4)

@@ -99,15 +99,17 @@ def test_trim_keeps_ties_and_everything_at_threshold_zero(rows: Tensor, bounds: 
 
 
 @pytest.mark.parametrize("disjoint", ["mean", "sum", "max"])
-def test_disjoint_merge(rows: Tensor, bounds: np.ndarray | None, disjoint: str) -> None:
-    ends = np.array([0, rows.shape[1]]) if bounds is None else bounds
+def test_disjoint_merge(
+    rows: Tensor, bounds: np.ndarray | None, disjoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for density, positive_tie in itertools.product((0.0, 0.2, 0.9, 1.0), (False, True)):
         limits = kernels.trim_thresholds(rows, density, bounds)
         want = published_ties(kernels.trim(rows, density, bounds), disjoint, positive_tie)
         got = kernels.disjoint_merge(rows, limits, disjoint, kernels.vector(rows), bounds, positive_tie)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-        other = torch.empty_like(got)
-        chunked.disjoint_merge(rows, limits, disjoint, other, ends, positive_tie)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_backend", lambda tensor: chunked)
+            other = kernels.disjoint_merge(rows, limits, disjoint, torch.empty_like(got), bounds, positive_tie)
         assert torch.equal(got, other)
 
 
@@ -187,9 +189,10 @@ def test_masks(rows: Tensor, rule: kernels.MaskRule) -> None:
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, bounds = torch.randn(3, 1000), np.array([0, 3, 650, 1000])
+    rows, bounds = torch.randn(3, 5001), np.array([0, 3, 3250, 5001])
+    monkeypatch.setattr(kernels, "_backend", lambda tensor: chunked)
     whole = _everything_chunked(rows, bounds)
-    monkeypatch.setattr(chunked, "CHUNK", 64)
+    monkeypatch.setattr(chunked, "CHUNK", threads.BLOCK)
     for one, other in zip(whole, _everything_chunked(rows, bounds), strict=True):
         assert torch.equal(one, other)
 
@@ -201,7 +204,7 @@ def _everything_chunked(rows: Tensor, bounds: np.ndarray) -> list[Tensor]:
     sums, ties, masked, unpacked = (torch.empty(size) for _ in range(4))
     bits = torch.empty(3, kernels.packed_size(size), dtype=torch.uint8)
     chunked.weighted_sum(rows, torch.ones(3), sums, base, 0.5)
-    chunked.disjoint_merge(rows, limits, "mean", ties, bounds, False)
+    kernels.disjoint_merge(rows, limits, "mean", ties, bounds)
     chunked.mask_bits("tall", torch.tensor([0.2, 0.3, 0.4]), base, rows, merged, bits)
     chunked.apply_masks("tall", torch.tensor([0.2, 0.3, 0.4]), base, rows, merged, masked, 2, 0.3)
     chunked.apply_bits(bits[0], base, merged, unpacked, 0.3)

@@ -20,10 +20,10 @@ from ray.cluster_utils import Cluster
 from merge_ray.bank import Layout
 from merge_ray.candidate import Candidate, Fingerprints
 from merge_ray.cluster import pool as pool_module
-from merge_ray.cluster.host import HostSetup, prepare_node
 from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.nodes import Node, Room, check_versions, live_nodes, versions
 from merge_ray.cluster.pool import HostPool
+from merge_ray.cluster.setup import HostSetup, prepare_node
 from merge_ray.cluster.tuning import run_studies
 from merge_ray.errors import MergeRayError
 from merge_ray.leaderboard import rank, read_rows
@@ -68,6 +68,16 @@ def test_hosts_are_added_where_there_is_room_left() -> None:
     room = Room.choose(HostsSpec(), [SMALL])
     assert room.spread([SMALL, LARGE], {"1": 2, "2": 7}, None) == [LARGE]
     assert room.spread([SMALL, LARGE], {"1": 1}, 2) == [LARGE, LARGE]
+
+
+def test_hosts_that_share_slices_take_room_beside_each_other_and_have_the_same_threads() -> None:
+    room = Room.choose(HostsSpec(count=2), [SMALL, LARGE], slices=2)
+    assert [room.threads_on(node) for node in (SMALL, LARGE)] == [2, 2]
+    room = Room.choose(HostsSpec(), [SMALL, LARGE], slices=3)
+    # Eight and two hosts: the third group spans the nodes, and one core is left over.
+    assert room.spread([SMALL, LARGE], {}, None, 3) == [LARGE, LARGE, SMALL]
+    assert room.spread([SMALL, LARGE], {"2": 2}, None, 3) == [SMALL]
+    assert room.spread([SMALL, LARGE], {}, 1, 3) == [LARGE]
 
 
 def test_other_versions_are_named() -> None:
@@ -239,7 +249,7 @@ def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
         assert len(list(cache.rglob("images.npy"))) == 2 * len(tiny.TASKS)
     # What a node lacks is named with the node, before any host loads.
     path = str(tmp_path / "models" / "config.json")
-    pool = HostPool.start("lacking", HostsSpec(), setup(tmp_path, files=(path, "nowhere/config.json")), {}, {})
+    pool = HostPool.start("lacking", HostsSpec(), setup(tmp_path, files=(path, "nowhere/config.json")), [{}], {})
     with pytest.raises(MergeRayError, match=r"node worker-\d: it is not used: there is no nowhere/config\.json; a"):
         wait(pool)
     pool.close()

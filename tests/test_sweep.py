@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 import tiny
 import torch
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from merge_ray.candidate import Candidate, Fingerprints
@@ -202,12 +204,16 @@ def test_a_sweep_over_pairs_merges_two_models_at_a_time(world: Path, ray_cluster
     assert len(pd.read_parquet(directory / "pairs.parquet")) == len(each)
 
 
-def test_another_sweep_of_the_same_name_is_refused(world: Path, finished: Path) -> None:
+def test_another_sweep_of_the_same_name_is_refused(
+    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_ray.sweep.ray_session", None)
     with pytest.raises(LedgerError, match="holds a sweep over other data; choose another name"):
         sweep(world, tasks=[{"name": name, "val_size": 20} for name in tiny.TASKS])
 
 
-def test_mistakes_are_found_before_ray_starts(world: Path) -> None:
+def test_mistakes_are_found_before_ray_starts(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_ray.sweep.ray_session", None)
     with pytest.raises(CheckpointError, match=r"nothing\.safetensors"):
         sweep(world, name="broken", models={
             "architecture": str(world / "models" / "config.json"),
@@ -216,6 +222,23 @@ def test_mistakes_are_found_before_ray_starts(world: Path) -> None:
         })  # fmt: skip
     with pytest.raises(DataError, match="ants"):
         sweep(world, name="broken", task_defaults={"parquet": str(world / "data" / "none" / "{task}.parquet")})
+    state = read_weights(world / "models" / "bees.safetensors")
+    name = min(state)
+    save_file({**state, name: torch.full_like(state[name], torch.nan)}, world / "models" / "wasps.safetensors")
+    models = {
+        "architecture": str(world / "models" / "config.json"),
+        "base": str(world / "models" / "base.safetensors"),
+        "finetuned": {**{task: str(world / "models" / f"{task}.safetensors") for task in tiny.TASKS},
+                      "bees": str(world / "models" / "wasps.safetensors")},
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"bees: this model cannot be merged:\n.* values are NaN or infinite"):
+        sweep(world, name="broken", models=models)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    with pytest.raises(
+        CheckpointError, match=r"are \S+ kB in float32, and this machine has 1 kB of memory left, .*too little: hold"
+    ):
+        sweep(world, name="broken")
 
 
 def test_more_hosts_than_cores_are_refused(world: Path, ray_cluster: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,115 +17,50 @@ import numpy as np
 import ray
 import torch
 
-from merge_ray.bank import Layout, ModelBank
+from merge_ray import kernels
+from merge_ray.bank import ModelBank
 from merge_ray.candidate import Candidate, canonical_json
+from merge_ray.cluster.group import GatheredWeights, Group, Member, take_slices
 from merge_ray.cluster.learned import Learned
-from merge_ray.cluster.nodes import check_versions
-from merge_ray.errors import DataError
+from merge_ray.cluster.setup import HostSetup
 from merge_ray.evaluate import Evaluator, References, UnlabeledSamples
 from merge_ray.families import Family, TaskData, find_family
 from merge_ray.matching import PermutationGroups
-from merge_ray.methods.base import LearnedMethod, Learner, Merged, MergeInputs, Method, with_own_tensors
+from merge_ray.methods.base import (
+    LearnedMethod,
+    Learner,
+    Merged,
+    MergeInputs,
+    Method,
+    SharedWeights,
+    with_own_tensors,
+)
 from merge_ray.methods.merge_cache import MergeCache
 from merge_ray.models import open_task_data
-from merge_ray.s3 import S3Settings
-from merge_ray.spec import EvaluationSpec, ModelsSpec
 from merge_ray.statistics import ActivationStatistics
-from merge_ray.tasks import TaskSpec, cache_directory, open_task
-
-
-@dataclass(frozen=True)
-class HostSetup:
-    """What a host is told once: all but the bank's arrays, which it maps from shared memory.
-
-    data: the fingerprint of every task's split, by split. files: other files that hosts read. versions: the driver's.
-    directory, cache: where the driver's relative paths start, and its cache of prepared data, on the node ``driver``;
-    other nodes have caches of their own. s3: where S3 is. kept: where hosts that can see it keep what others need,
-    until the sweep ends. node: the name of the host's node.
-    """
-
-    models: ModelsSpec
-    tasks: tuple[TaskSpec, ...]
-    evaluation: EvaluationSpec
-    layout: Layout
-    bank_tasks: tuple[str, ...]
-    fingerprint: str
-    heads: Mapping[str, np.ndarray]
-    data: Mapping[str, Mapping[str, str]]
-    files: tuple[str, ...]
-    versions: Mapping[str, str]
-    driver: str
-    directory: Path
-    cache: Path
-    s3: S3Settings = field(default_factory=S3Settings)
-    kept: Path | None = None
-    node: str = ""
-    device: str = "cpu"
-    threads: int = 1
-
-    def enter(self) -> Path:
-        """Make this process one of the sweep's; returns its node's cache.
-
-        Raises :class:`MergeRayError` for other versions than the driver's, and for a file that is not on this node.
-        """
-        check_versions(self.versions)
-        torch.set_num_threads(self.threads)
-        if self.directory.is_dir():
-            os.chdir(self.directory)
-        if ray.get_runtime_context().get_node_id() == self.driver:
-            os.environ["MERGE_RAY_CACHE"] = str(self.cache)
-        if missing := [name for name in self.files if not Path(name).expanduser().exists()]:
-            raise DataError(f"there is no {', no '.join(missing)}; {HOW_FILES_TRAVEL}")
-        return cache_directory()
-
-    def prepare(self, family: Family, split: str, cache: Path) -> None:
-        """Have every task's split in the cache; the first process of the node that asks for it prepares it.
-
-        Raises :class:`DataError` where there are no data, or others than the driver's.
-        """
-        for spec in self.tasks:
-            prepare = family.open_images if split == "train" else family.open_split
-            if prepare(open_task(spec), split, cache).fingerprint != self.data[split][spec.name]:
-                raise DataError(f"{spec.name}: the data of {split} are not those of the driver's node")
-
-
-HOW_FILES_TRAVEL = (
-    "a file must lie at the same path on every node, in the working directory of the job, or where all can read it "
-    "(hf://, s3://)"
-)
-
-
-@ray.remote(num_cpus=0)
-def prepare_node(versions: Mapping[str, str], setups: Sequence[ray.ObjectRef]) -> None:
-    """Prepare the data on a node, or raise :class:`MergeRayError` for what keeps it from the work of the one setup."""
-    # First, for what another version has sent may not even be readable.
-    check_versions(versions)
-    [setup] = ray.get(list(setups))
-    with setup.s3.applied():
-        cache, family = setup.enter(), setup.models.open_family()
-        for split in setup.data:
-            setup.prepare(family, split, cache)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=2)
 class ModelHost:
-    """Merges and scores on one device.
+    """Merges and scores on one device; or is the first host of a group that shares the bank.
 
     Calls carry all that they need: a host that died and was restarted by Ray takes the same call again,
     merges again and goes on.
     """
 
     def __init__(self, setup: HostSetup, shared: Sequence[ray.ObjectRef]) -> None:
-        """``shared`` refers to the bank's arrays and to the tensors that are not merged, by name."""
+        """``shared`` refers to the arrays of the bank's slices and to the tensors that are not merged, by name."""
         os.environ.update(setup.s3.environment())
         cache = setup.enter()
-        arrays, extras = ray.get(list(shared))
+        *slices, last = shared
+        arrays, extras = ray.get([slices[0], last])
         self.setup = setup
         self.device = torch.device(setup.device)
         self.bank = ModelBank.from_arrays(arrays, setup.layout, setup.bank_tasks, _tensors(extras), setup.fingerprint)
         if self.device.type != "cpu":
             self.bank = self.bank.to(self.device)
         family = find_family(setup.models.family, setup.models.architecture)
+        self.group = Group(setup, slices) if len(slices) > 1 else None
         self.evaluator = Evaluator(
             family.skeleton(self.bank, self.device),
             {split: self._load(family, split, cache) for split in ("val", "test")},
@@ -135,7 +71,7 @@ class ModelHost:
         self.family = family
         self.groups: PermutationGroups | None = None
         self.calibrations: dict[tuple[str, ...], ActivationStatistics] = {}
-        self.cache = MergeCache(self.bank.base.nbytes, setup.kept)
+        self.cache = MergeCache(self.evaluator.skeleton.flat[self.bank.columns].nbytes, setup.kept)
         self.candidate, self.asked = "", self.evaluator
         self.merged: Merged | None = None
         self.learner: Learner | None = None
@@ -224,7 +160,10 @@ class ModelHost:
         else:
             make = self._learner(candidate, learned).merged
         started = time.perf_counter()
-        merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
+        with self.group.merging() if self.group else nullcontext():
+            merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
+        if self.group:
+            merged = GatheredWeights(merged, self.bank, self.group)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds_merge = time.perf_counter() - started
@@ -255,21 +194,34 @@ class ModelHost:
         # What a method may see is validation data, also of a candidate that is scored on the test split.
         self.seen = candidate.split if self.setup.evaluation.transductive else "val"
         self.asked = self.evaluator.of(candidate.pair) if candidate.pair else self.evaluator
+        member = self.group.begin(candidate) if self.group else None
         self.inputs = MergeInputs(
             self.bank.of(candidate.pair) if candidate.pair else self.bank,
             seed=candidate.seed,
-            out=self.evaluator.skeleton.flat,
+            out=self.evaluator.skeleton.flat[self.bank.columns],
             cache=self.cache,
             resources={
-                "validation": self.asked.score,
+                "validation": partial(self._validate, member) if member else self.asked.score,
                 "unlabeled": UnlabeledSamples(self.asked.models[self.seen]),
             },
             needs=method.needs,
+            total=member.total if member else kernels.alone,
         )
         if method.needs & {"permutation_groups", "calibration"}:
             self.inputs.provide(**self._matching(candidate.pair))
         self.candidate = candidate.identity
         return method
+
+    def _validate(self, member: Member, merged: Merged, task: str) -> float:
+        """:meth:`Evaluator.score` of what the group has merged, told to all of its hosts."""
+        assert self.group is not None
+        flat = self.evaluator.skeleton.flat
+        part = flat[self.bank.columns]
+        merged.write(task, part)
+        slices = self.group.ask(member.gather(part)[1:])
+        take_slices(flat, self.group.columns, slices)
+        score = self.asked.score(SharedWeights(merged.resolved, self.bank, flat), task)
+        return float(member.total(np.array(score)))
 
     def _matching(self, pair: tuple[str, ...]) -> dict[str, Any]:
         """What methods that match channels need: the groups of channels, and statistics of a pair's activations.

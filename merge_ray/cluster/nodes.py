@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +24,8 @@ MOST_CPU_HOSTS = 8
 class Node:
     """A machine of the cluster, or rather the part of it that Ray was given.
 
-    name: what ``ray start --node-name`` says, or else the machine's name. address: its IP address.
+    name: what ``ray start --node-name`` says, or else the machine's name. address: its IP address. memory,
+    object_store: the bytes that Ray gives to processes, and to what they share.
     """
 
     id: str
@@ -32,6 +33,8 @@ class Node:
     address: str
     cpus: int = 0
     gpus: int = 0
+    memory: int = 0
+    object_store: int = 0
 
     @property
     def affinity(self) -> NodeAffinitySchedulingStrategy:
@@ -46,7 +49,7 @@ def live_nodes() -> list[Node]:
         name, address, resources = about["NodeName"], about["NodeManagerAddress"], about["Resources"]
         name = about["NodeManagerHostname"] if name == address else name
         if about["Alive"]:
-            sizes = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
+            sizes = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU", "memory", "object_store_memory"))
             nodes.append(Node(about["NodeID"], name, address, *sizes))
     return sorted(nodes, key=lambda node: (node.name, node.id))
 
@@ -60,8 +63,10 @@ class Room:
     threads: int | None
 
     @classmethod
-    def choose(cls, wanted: HostsSpec, nodes: Sequence[Node]) -> Room:
+    def choose(cls, wanted: HostsSpec, nodes: Sequence[Node], slices: int = 1) -> Room:
         """Choose the device, and share the cores of ``nodes`` between as many hosts as are wanted.
+
+        Hosts that share the bank in ``slices`` wait for each other: all have the same threads.
 
         Raises :class:`MergeRayError` with what is asked for and what there is, where that is too little.
         """
@@ -80,6 +85,8 @@ class Room:
             threads = wanted.threads if device == "cpu" and wanted.threads else 1
             each = f" of {threads} threads" if threads > 1 else ""
             raise MergeRayError(f"hosts: {count} hosts{each} need {count * threads} {what}; {there}")
+        if slices > 1:
+            room = replace(room, threads=min(room.threads_on(node) for node in nodes if room.on(node)))
         return room
 
     def on(self, node: Node) -> int:
@@ -102,21 +109,38 @@ class Room:
             return {"num_gpus": 1, "num_cpus": 0}
         return {"num_cpus": self.threads_on(node)}
 
-    def spread(self, nodes: Sequence[Node], hosts: Mapping[str, int], count: int | None) -> list[Node]:
+    def spread(self, nodes: Sequence[Node], hosts: Mapping[str, int], count: int | None, slices: int = 1) -> list[Node]:
         """The nodes for further hosts, one each, up to ``count`` or as many as fit.
 
-        The emptiest node comes first, and of these the one with most threads for each host.
+        The emptiest node comes first, and of these the one with most threads for each host. Where a host is the first
+        of so many that share the bank in ``slices``, the others take room beside it as far as there is some.
 
         hosts: the number of hosts that each node has already, by its id.
         """
-        taken = {node.id: hosts.get(node.id, 0) for node in nodes}
+        taken = {node.id: 0 for node in nodes}
+
+        def free() -> list[Node]:
+            return [node for node in nodes if taken[node.id] < self.on(node)]
+
+        def take(first: Node) -> None:
+            taken[first.id] += 1
+            for _ in range(slices - 1):
+                beside = min(free(), key=lambda node: node.id != first.id, default=first)
+                taken[beside.id] += 1
+
+        def rank(node: Node) -> tuple[bool, float, int]:
+            splits = self.on(node) - taken[node.id] < slices
+            return splits, taken[node.id] / self.on(node), -self.threads_on(node)
+
+        for node in nodes:
+            for _ in range(hosts.get(node.id, 0)):
+                take(node)
         chosen: list[Node] = []
         while count is None or len(chosen) < count:
-            free = [node for node in nodes if taken[node.id] < self.on(node)]
-            if not free:
+            if sum(self.on(node) - taken[node.id] for node in free()) < slices:
                 break
-            chosen.append(min(free, key=lambda node: (taken[node.id] / self.on(node), -self.threads_on(node))))
-            taken[chosen[-1].id] += 1
+            chosen.append(min(free(), key=rank))
+            take(chosen[-1])
         return chosen
 
 

@@ -18,8 +18,9 @@ from ray.exceptions import RayError
 
 from merge_ray.candidate import Candidate
 from merge_ray.cluster.errors import cause, is_lost
-from merge_ray.cluster.host import HostSetup, ModelHost, prepare_node
+from merge_ray.cluster.host import ModelHost
 from merge_ray.cluster.nodes import Node, Room, live_nodes, versions
+from merge_ray.cluster.setup import HostSetup, prepare_node
 from merge_ray.errors import MergeRayError
 from merge_ray.evaluate import References
 from merge_ray.spec import HostsSpec
@@ -32,6 +33,11 @@ MOST_LOSSES = 3
 """A candidate that has lost so many hosts, each with its node, has failed."""
 SCALING = Path("~/ray_bootstrap_config.yaml")
 """What Ray's own libraries look for to know the head of a cluster that ``ray up`` started, and that adds nodes."""
+
+
+def adds_nodes() -> bool:
+    """Whether the cluster adds nodes for what waits for them."""
+    return SCALING.expanduser().exists()
 
 
 @dataclass
@@ -53,7 +59,8 @@ class HostPool:
 
     start: ``start(node, room, options)`` makes an actor with Ray's ``options``. check: ``check(node)`` starts the task
     that raises where a node cannot do the work; None where there is no need. size: the hosts that are wanted, or as
-    many as fitted at first.
+    many as fitted at first. slices: so many devices does a host have, of which one is its own and the others are of
+    further hosts that it starts; see :mod:`merge_ray.cluster.group`. The count that is wanted is one of devices.
 
     Raises :class:`MergeRayError` where fewer hosts fit than are wanted, but waits on a cluster that adds nodes.
     """
@@ -65,17 +72,19 @@ class HostPool:
         start: Callable[[Node, Room, dict[str, Any]], Any],
         check: Callable[[Node], ray.ObjectRef | None] = lambda node: None,
         warn: Callable[[str], object] = lambda text: None,
+        slices: int = 1,
     ) -> None:
         self.name, self.wanted, self._start, self._check, self._warn = name, wanted, start, check, warn
+        self.slices = slices
         self.hosts: list[Host] = []
         self._begun = False
         self._checks: dict[str, ray.ObjectRef | None] = {}
         self._given_up: dict[str, str] = {}
         self._asked: list[ray.ObjectRef] = []
         self._started = 0
-        self._scales = SCALING.expanduser().exists()
+        self._scales = adds_nodes()
         self.room = self._choose_room()
-        self.size = wanted.count or self.room.hosts(live_nodes())
+        self.size = (wanted.count or self.room.hosts(live_nodes())) // slices
         self.refresh()
 
     @classmethod
@@ -84,16 +93,17 @@ class HostPool:
         name: str,
         wanted: HostsSpec,
         setup: HostSetup,
-        arrays: Mapping[str, np.ndarray],
+        slices: Sequence[Mapping[str, np.ndarray]],
         extras: Mapping[str, np.ndarray],
         warn: Callable[[str], object] = lambda text: None,
     ) -> HostPool:
         """Start a :class:`ModelHost` a GPU, or some that share the cores of each node; see :class:`HostPool`.
 
-        Ray brings the bank to a node once, into memory that the node's hosts share.
+        Ray brings the bank to a node once, into memory that the node's hosts share. Where the bank is in several
+        slices, each is brought to the host of a group that holds it.
         """
         # Held for as long as the pool: hosts that start later map the same objects.
-        shared, told = [ray.put(dict(arrays)), ray.put(dict(extras))], [ray.put(setup)]
+        shared, told = [_put(arrays) for arrays in (*slices, extras)], [ray.put(setup)]
 
         def start_host(node: Node, room: Room, options: dict[str, Any]) -> Any:
             own = replace(setup, node=node.name, device=room.device, threads=room.threads_on(node))
@@ -104,16 +114,16 @@ class HostPool:
                 return None
             return prepare_node.options(scheduling_strategy=node.affinity).remote(versions(), told)
 
-        return cls(name, wanted, start_host, check, warn)
+        return cls(name, wanted, start_host, check, warn, len(slices))
 
     def _choose_room(self) -> Room:
         if not self._scales:
-            return Room.choose(self.wanted, live_nodes())
+            return Room.choose(self.wanted, live_nodes(), self.slices)
         told = False
         while True:
             try:
                 # There need not be room for all hosts yet.
-                return Room.choose(self.wanted.model_copy(update={"count": None}), live_nodes())
+                return Room.choose(self.wanted.model_copy(update={"count": None}), live_nodes(), self.slices)
             except MergeRayError as error:
                 if not told:
                     self._warn(f"{error}; waiting for nodes")
@@ -145,11 +155,11 @@ class HostPool:
             self._warn(f"node {name} is gone; what ran there runs again elsewhere")
         self.hosts = [host for host in self.hosts if host.node.id in alive and self._works(host)]
         fit = [node for node in nodes if self.room.on(node) and self._is_fit(node)]
-        missing = self.wanted.count and self.wanted.count - len(self.hosts)
-        for node in self.room.spread(fit, Counter(host.node.id for host in self.hosts), missing):
+        missing = self.wanted.count and self.wanted.count // self.slices - len(self.hosts)
+        for node in self.room.spread(fit, Counter(host.node.id for host in self.hosts), missing, self.slices):
             self.hosts.append(self._start_on(node))
         if self._scales and self.wanted.count:
-            self._ask_for(self.wanted.count - len(self.hosts))
+            self._ask_for(self.wanted.count - len(self.hosts) * self.slices)
         given_up = [self._given_up[node.id] for node in nodes if node.id in self._given_up]
         if given_up and not self.hosts and not self._awaited():
             raise MergeRayError(f"no host is left: {given_up[-1]}")
@@ -292,6 +302,11 @@ class HostPool:
                 finally:
                     for host in leased:
                         self.release(host, ended)
+
+
+def _put(arrays: Mapping[str, np.ndarray]) -> ray.ObjectRef:
+    # Hosts can map only contiguous arrays; of others, as a slice of the columns is one, each would have a copy.
+    return ray.put({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 @ray.remote

@@ -210,6 +210,14 @@ class Family(ABC):
     def export_huggingface(self, state: Mapping[str, Tensor], model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights of ``state`` (native names) and the ``config.json`` of transformers' class ``model``."""
 
+    @abstractmethod
+    def activation_bytes(self, batch_size: int) -> int:
+        """An estimate of what answering a batch takes on a device beside the weights, in bytes."""
+
+    def resident_bytes(self, split: PreparedSplit, max_samples: int | None) -> int:
+        """What :meth:`task_data` keeps on an accelerator, in bytes, where that counts."""
+        return 0
+
     def read_head(self, task: Task, state: Mapping[str, Tensor]) -> Tensor:
         """The head of ``task`` from saved weights: ``[C, D]``, or another tensor that :meth:`task_data` understands.
 
@@ -244,9 +252,9 @@ class Family(ABC):
         return None
 
     def skeleton(self, bank: ModelBank, device: torch.device | str) -> Skeleton:
-        """A skeleton on ``device`` that holds the bank's base model until other weights are written."""
+        """A skeleton on ``device`` that holds the bank's base model, or its slice, until other weights are written."""
         skeleton = self.assemble(bank.layout, bank.extras, device)
-        skeleton.flat.copy_(bank.base)
+        skeleton.flat[bank.columns].copy_(bank.base)
         return skeleton
 
 

@@ -81,6 +81,16 @@ class ClipFamily(ImageFamily):
         """The tensors under ``visual.``."""
         return {name: tensor for name, tensor in state.items() if name.startswith(IMAGE_TOWER)}
 
+    def activation_bytes(self, batch_size: int) -> int:
+        """Float32 images twice; and of a block of the tower what is there at once: its MLP's, six of its width."""
+        vision, size = self._model["vision_cfg"], self.preprocessing.size
+        images, width = 2 * 3 * size**2, vision.get("width", 768)
+        if isinstance(vision.get("layers", 12), list):
+            # A residual network: four maps after the stem, at half the size.
+            return 4 * batch_size * (images + 4 * width * (size // 2) ** 2)
+        tokens = (size // vision.get("patch_size", 16)) ** 2 + 1
+        return 4 * batch_size * (images + int(tokens * width * (2 * vision.get("mlp_ratio", 4.0) + 6)))
+
     def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
         """The image tower over a zeroed flat buffer; no text tower is built."""
         return ImageSkeleton(self._tower(), self.preprocessing, layout, extras, device, prefix=IMAGE_TOWER)

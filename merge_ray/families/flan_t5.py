@@ -161,6 +161,12 @@ class FlanT5Family(Family):
         """All tensors: text in, text out."""
         return dict(state)
 
+    def activation_bytes(self, batch_size: int) -> int:
+        """Float32 of a block of the encoder at full length: scores of all heads twice, three MLPs' and six widths'."""
+        config = self.config
+        widths = 6 * config["d_model"] + 3 * config["d_ff"] + 2 * config["num_heads"] * MOST_TOKENS
+        return int(4 * batch_size * (MOST_TOKENS * widths + config["vocab_size"]))
+
     def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
         """The whole model over a zeroed flat buffer."""
         return T5Skeleton(self, layout, extras, device)

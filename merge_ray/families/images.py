@@ -172,6 +172,10 @@ class ImageFamily(Family):
         """See :meth:`Family.open_split`: images decoded for this family's preprocessing."""
         return task.cached(split, self.preprocessing.size, self.preprocessing.interpolation, cache, progress)
 
+    def resident_bytes(self, split: PreparedSplit, max_samples: int | None) -> int:
+        """The images."""
+        return min(len(split), max_samples or len(split)) * 3 * self.preprocessing.size**2
+
     def permutation_groups(self, skeleton: Skeleton) -> PermutationGroups:
         """See :meth:`Family.permutation_groups`: followed through the tower."""
         assert isinstance(skeleton, ImageSkeleton)

@@ -80,6 +80,10 @@ class TaskonomyFamily(Family):
         """All tensors: the skeleton uses the whole encoder."""
         return dict(state)
 
+    def activation_bytes(self, batch_size: int) -> int:
+        """Float32 of four maps at the full size, as wide as the decoder's last layers or the stem is there."""
+        return 4 * batch_size * 4 * max(self.widths.stem // 4, *self.widths.upsampling[-2:]) * self.widths.image_size**2
+
     def assemble(self, layout: Layout, extras: Mapping[str, Tensor], device: torch.device | str) -> Skeleton:
         """The encoder over a zeroed flat buffer, its running statistics included."""
         return TaskonomySkeleton(self.encoder(), layout, extras, device)

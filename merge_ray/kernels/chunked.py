@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # columns: temporaries of a chunk stay far below one row of a large model
+from merge_ray.kernels.rows import CHUNK, TaskVectors, Total, alone
+from merge_ray.kernels.threads import BLOCK
 
 
 def _chunks(size: int) -> Iterator[slice]:
@@ -30,39 +31,54 @@ def weighted_sum(task_vectors: Tensor, weights: Tensor, out: Tensor, base: Tenso
         out[columns] = total if base is None else base[columns] + total
 
 
-def kth_magnitudes(task_vectors: Tensor, bounds: np.ndarray, ranks: Sequence[int]) -> Tensor:
-    """The ``ranks[s]``-th smallest magnitude of every row's ``s``-th segment ``[T, S]``; 0 for rank 0."""
+def kth_magnitudes(task_vectors: TaskVectors, bounds: np.ndarray, ranks: Sequence[int], total: Total = alone) -> Tensor:
+    """The ``ranks[s]``-th smallest magnitude of every row's ``s``-th segment ``[T, S]``; 0 for rank 0.
+
+    ``total``: see :func:`merge_ray.kernels.trim_thresholds`; every segment is then of all slices together.
+    """
     values = [
-        [kth_magnitude(row[start:stop], rank) for start, stop, rank in zip(bounds, bounds[1:], ranks, strict=False)]
-        for row in task_vectors
+        _ranked(task_vectors, slice(start, stop), rank, total)
+        for start, stop, rank in zip(bounds.tolist(), bounds.tolist()[1:], ranks, strict=False)
     ]
-    return torch.tensor(values, dtype=torch.float32, device=task_vectors.device)
+    return torch.stack(values, dim=1)
 
 
 def kth_magnitude(row: Tensor, rank: int) -> float:
-    """The ``rank``-th smallest magnitude (from 1) of ``row`` ``[n]``; 0 for rank 0.
+    """The ``rank``-th smallest magnitude (from 1) of ``row`` ``[n]``; 0 for rank 0."""
+    return float(_ranked(row[None], slice(0, len(row)), rank, alone))
+
+
+def _ranked(task_vectors: TaskVectors, segment: slice, rank: int, total: Total) -> Tensor:
+    """Every row's ``rank``-th smallest magnitude in a segment: float32 ``[T]``.
 
     Magnitudes are ordered as the integers that their bits spell: a histogram of the upper half of the bits finds
     the threshold's, one of the lower half among those finds it exactly.
     """
+    ranks = torch.full((len(task_vectors), 1), rank, device=task_vectors.device)
     if rank == 0:
-        return 0.0
-    upper, rank = _rank_digit(row, rank, prefix=None)
-    lower, _ = _rank_digit(row, rank, prefix=upper)
-    return float(np.array((upper << 16) | lower, dtype=np.int32).view(np.float32))
+        return ranks[:, 0].float()
+    upper, ranks = _rank_digits(task_vectors, segment, ranks, None, total)
+    lower, _ = _rank_digits(task_vectors, segment, ranks, upper, total)
+    return ((upper << 16) | lower)[:, 0].int().view(torch.float32)
 
 
-def _rank_digit(row: Tensor, rank: int, prefix: int | None) -> tuple[int, int]:
-    """The 16-bit digit that the ranked magnitude has, and its rank among those that have it."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=row.device)
-    for columns in _chunks(len(row)):
-        magnitude = row[columns].view(torch.int32) & 0x7FFFFFFF
-        upper = magnitude >> 16
-        digits = upper if prefix is None else magnitude[upper == prefix] & 0xFFFF
-        counts += torch.bincount(digits, minlength=1 << 16)
-    up_to = counts.cumsum(0)
-    digit = int(torch.searchsorted(up_to, rank))
-    return digit, rank - int(up_to[digit] - counts[digit])
+def _rank_digits(
+    task_vectors: TaskVectors, segment: slice, ranks: Tensor, prefixes: Tensor | None, total: Total
+) -> tuple[Tensor, Tensor]:
+    """The 16-bit digits ``[T, 1]`` that the ranked magnitudes have, and their ranks among those that have them."""
+    counts = torch.zeros(len(task_vectors), 1 << 16, dtype=torch.int64, device=task_vectors.device)
+    for start in range(segment.start, segment.stop, CHUNK):
+        columns = slice(start, min(start + CHUNK, segment.stop))
+        for task in range(len(task_vectors)):
+            magnitude = task_vectors[task, columns].view(torch.int32) & 0x7FFFFFFF
+            upper = magnitude >> 16
+            digits = upper if prefixes is None else magnitude[upper == prefixes[task]] & 0xFFFF
+            counts[task] += torch.bincount(digits, minlength=1 << 16)
+    if total is not alone:
+        counts = torch.from_numpy(total(counts.cpu().numpy())).to(counts.device)
+    up_to = counts.cumsum(1)
+    digits = torch.searchsorted(up_to, ranks)
+    return digits, ranks - (up_to - counts).gather(1, digits)
 
 
 def _limits(thresholds: Tensor, bounds: np.ndarray, columns: slice) -> Tensor:
@@ -73,14 +89,14 @@ def _limits(thresholds: Tensor, bounds: np.ndarray, columns: slice) -> Tensor:
     return thresholds.repeat_interleave(torch.from_numpy(lengths).to(thresholds.device), dim=1)
 
 
-def _trimmed(task_vectors: Tensor, thresholds: Tensor, bounds: np.ndarray, columns: slice) -> Tensor:
+def _trimmed(task_vectors: TaskVectors, thresholds: Tensor, bounds: np.ndarray, columns: slice) -> Tensor:
     part = task_vectors[:, columns]
     return torch.where(part.abs() >= _limits(thresholds, bounds, columns), part, 0)
 
 
-def trim(task_vectors: Tensor, thresholds: Tensor, bounds: np.ndarray) -> Tensor:
+def trim(task_vectors: TaskVectors, thresholds: Tensor, bounds: np.ndarray) -> Tensor:
     """The entries that reach their threshold, zero elsewhere ``[T, P]``."""
-    result = torch.empty_like(task_vectors)
+    result = torch.empty(task_vectors.shape, device=task_vectors.device)
     for columns in _chunks(task_vectors.shape[1]):
         result[:, columns] = _trimmed(task_vectors, thresholds, bounds, columns)
     return result
@@ -94,7 +110,7 @@ def _column_sums(trimmed: Tensor) -> Tensor:
     return total
 
 
-def elect_sign(task_vectors: Tensor, thresholds: Tensor, bounds: np.ndarray, positive_tie: bool) -> Tensor:
+def elect_sign(task_vectors: TaskVectors, thresholds: Tensor, bounds: np.ndarray, positive_tie: bool) -> Tensor:
     """See :func:`merge_ray.kernels.elect_sign`."""
     signs = torch.empty(task_vectors.shape[1], dtype=torch.int8, device=task_vectors.device)
     for columns in _chunks(len(signs)):
@@ -109,27 +125,43 @@ def _elected(trimmed: Tensor, signs: Tensor) -> Tensor:
     return torch.where(torch.where(signs > 0, trimmed > 0, trimmed < 0), trimmed, 0)
 
 
-def select_elected(task_vectors: Tensor, thresholds: Tensor, signs: Tensor, bounds: np.ndarray) -> Tensor:
+def select_elected(task_vectors: TaskVectors, thresholds: Tensor, signs: Tensor, bounds: np.ndarray) -> Tensor:
     """See :func:`merge_ray.kernels.select_elected`."""
-    result = torch.empty_like(task_vectors)
+    result = torch.empty(task_vectors.shape, device=task_vectors.device)
     for columns in _chunks(task_vectors.shape[1]):
         result[:, columns] = _elected(_trimmed(task_vectors, thresholds, bounds, columns), signs[columns])
     return result
 
 
 def disjoint_merge(
-    task_vectors: Tensor, thresholds: Tensor, disjoint: str, out: Tensor, bounds: np.ndarray, positive_tie: bool
-) -> None:
-    """See :func:`merge_ray.kernels.disjoint_merge`."""
-    signs = elect_sign(task_vectors, thresholds, bounds, positive_tie)
+    task_vectors: Tensor,
+    thresholds: Tensor,
+    disjoint: str,
+    out: Tensor,
+    bounds: np.ndarray,
+    cancelled: np.ndarray,
+    majority: int,
+) -> int:
+    """See :func:`merge_ray.kernels.cpu.disjoint_merge`; a chunk of columns is merged where a block of it is marked."""
+    count = 0
     for columns in _chunks(len(out)):
-        chosen = _elected(_trimmed(task_vectors, thresholds, bounds, columns), signs[columns])
+        marks = cancelled[columns.start // BLOCK : -(-columns.stop // BLOCK)]
+        if not marks.any():
+            continue
+        trimmed = _trimmed(task_vectors, thresholds, bounds, columns)
+        signs = _column_sums(trimmed).sign().to(torch.int8)
+        count += int(signs.sum(dtype=torch.int64))
+        undecided = signs == 0
+        signs[undecided] = majority
+        chosen = _elected(trimmed, signs)
         if disjoint == "max":
-            out[columns] = chosen.abs().amax(0) * signs[columns]
+            out[columns] = chosen.abs().amax(0) * signs
         else:
             out[columns] = _column_sums(chosen)
         if disjoint == "mean":
             out[columns] /= (chosen != 0).sum(0).clamp_min(1)
+        marks[:] = bool((undecided & (chosen != 0).any(0)).any())
+    return count
 
 
 def _kept(rule: str, limit: float, base: Tensor, row: Tensor, merged: Tensor) -> Tensor:

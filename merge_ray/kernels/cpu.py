@@ -51,22 +51,24 @@ MEAN, SUM, MAX = 0, 1, 2
 
 
 def disjoint_merge(
-    task_vectors: Tensor, thresholds: Tensor, disjoint: str, out: Tensor, bounds: np.ndarray, positive_tie: bool
-) -> None:
-    """See :func:`merge_ray.kernels.disjoint_merge`.
+    task_vectors: Tensor,
+    thresholds: Tensor,
+    disjoint: str,
+    out: Tensor,
+    bounds: np.ndarray,
+    cancelled: np.ndarray,
+    majority: int,
+) -> int:
+    """Merge the marked blocks, those of ``cancelled`` (bool, one a block), with ``majority`` in columns that cancel.
 
-    One pass merges as though the overall majority were negative, counts it, and marks the blocks where a column's
-    trimmed entries cancel; if the majority is another, those blocks are merged again.
+    Leaves marks where columns' kept entries cancel; returns the sum of the signs of all columns that it merged.
     """
     # A zero never counts as kept, not even where the threshold is 0.
     limits = thresholds.clamp_min(torch.finfo(torch.float32).smallest_normal * 2.0**-23)
-    cancelled = np.ones(-(-len(out) // BLOCK), dtype=np.bool_)
-    arguments = (task_vectors, limits, {"mean": MEAN, "sum": SUM, "max": MAX}[disjoint], out, bounds, cancelled)
-    majority = int(np.sign(sum(over_columns(_disjoint_merge, len(out), *arguments, -1))))
-    if majority == 0 and positive_tie:
-        majority = 1
-    if majority != -1 and cancelled.any():
-        over_columns(_disjoint_merge, len(out), *arguments, majority)
+    kind = {"mean": MEAN, "sum": SUM, "max": MAX}[disjoint]
+    return int(
+        sum(over_columns(_disjoint_merge, len(out), task_vectors, limits, kind, out, bounds, cancelled, majority))
+    )
 
 
 @njit(nogil=True, cache=True)

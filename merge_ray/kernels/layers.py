@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from merge_ray.kernels.chunked import CHUNK
+from merge_ray.kernels.rows import CHUNK, TaskVectors, part, slabs, within
 from merge_ray.kernels.threads import BLOCK, map_threads
 
 
@@ -36,9 +36,13 @@ class Election:
         """The smallest magnitudes that are kept ``[T, 1]``: a zero never is, not even where the threshold is 0."""
         return self.limits.clamp_min(torch.finfo(torch.float32).smallest_normal * 2.0**-23)
 
+    def of(self, columns: slice) -> Election:
+        """The same in some of the columns."""
+        return Election(self.limits, self.signs[columns])
+
 
 def layer_sum(
-    task_vectors: Tensor,
+    task_vectors: TaskVectors,
     coefficients: Tensor,
     bounds: np.ndarray,
     out: Tensor,
@@ -49,27 +53,39 @@ def layer_sum(
 
     coefficients: float32 ``[T, L]`` on the task vectors' device. election: the entries that count, all without one.
     """
-    if out.device.type == "cpu":
-        _over_pieces(_layer_sum, bounds, task_vectors, coefficients, out, base, *_told_apart(election, task_vectors))
-        return out
-    return chunked_layer_sum(task_vectors, coefficients, bounds, out, base, election)
+    for columns in slabs(task_vectors, base):
+        rows, ends, kept = part(task_vectors, columns), within(bounds, columns), election and election.of(columns)
+        target, anchor = out[columns], base[columns].float()
+        if out.device.type == "cpu":
+            _over_pieces(_layer_sum, ends, rows, coefficients, target, anchor, *_told_apart(kept, rows))
+        else:
+            chunked_layer_sum(rows, coefficients, ends, target, anchor, kept)
+    return out
 
 
-def layer_dots(task_vectors: Tensor, gradient: Tensor, bounds: np.ndarray, election: Election | None = None) -> Tensor:
+def layer_dots(
+    task_vectors: TaskVectors, gradient: Tensor, bounds: np.ndarray, election: Election | None = None
+) -> Tensor:
     """Every task vector's dot product with ``gradient`` ``[P]`` in every layer: float32 ``[T, L]``, on its device.
 
     It is the gradient of :func:`layer_sum`'s coefficients where ``gradient`` is that of its result.
     """
-    tasks, layers = len(task_vectors), len(bounds) - 1
-    if gradient.device.type != "cpu":
-        return chunked_layer_dots(task_vectors, gradient, bounds, election)
+    dots = torch.zeros(len(task_vectors), len(bounds) - 1, dtype=torch.float64, device=gradient.device)
+    for columns in slabs(task_vectors):
+        rows, ends, kept = part(task_vectors, columns), within(bounds, columns), election and election.of(columns)
+        multiply = _compiled_layer_dots if gradient.device.type == "cpu" else chunked_layer_dots
+        dots += multiply(rows, gradient[columns], ends, kept)
+    return dots.float()
+
+
+def _compiled_layer_dots(
+    task_vectors: Tensor, gradient: Tensor, bounds: np.ndarray, election: Election | None
+) -> Tensor:
     _, layer_of = _pieces(bounds)
-    sums = torch.empty(tasks, len(layer_of), dtype=torch.float64)
+    sums = torch.empty(len(task_vectors), len(layer_of), dtype=torch.float64)
     _over_pieces(_layer_dots, bounds, task_vectors, gradient, sums, *_told_apart(election, task_vectors))
-    result = np.zeros((tasks, layers))
-    for task, row in enumerate(sums.numpy()):
-        result[task] = np.bincount(layer_of, weights=row, minlength=layers)
-    return torch.from_numpy(result).float()
+    layers = len(bounds) - 1
+    return torch.from_numpy(np.stack([np.bincount(layer_of, weights=row, minlength=layers) for row in sums.numpy()]))
 
 
 def chunked_layer_sum(
@@ -83,11 +99,11 @@ def chunked_layer_sum(
 
 
 def chunked_layer_dots(task_vectors: Tensor, gradient: Tensor, bounds: np.ndarray, election: Election | None) -> Tensor:
-    """:func:`layer_dots` in torch over chunks of columns: the path of accelerators."""
+    """:func:`layer_dots`, float64, in torch over chunks of columns: the path of accelerators."""
     dots = torch.zeros(len(task_vectors), len(bounds) - 1, dtype=torch.float64, device=gradient.device)
     for layer, columns in _layer_chunks(bounds):
         dots[:, layer] += torch.mv(_kept(task_vectors[:, columns], election, columns), gradient[columns])
-    return dots.float()
+    return dots
 
 
 def _layer_chunks(bounds: np.ndarray) -> Iterator[tuple[int, slice]]:

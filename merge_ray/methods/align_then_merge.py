@@ -98,12 +98,12 @@ class AlignThenMerge(Method):
 
 
 def _aligned(bank: ModelBank, groups: PermutationGroups, memberships: Memberships) -> ModelBank:
-    rows = torch.empty_like(bank.task_vectors)
+    rows = torch.empty(bank.task_vectors.shape, device=bank.base.device)
     for index, row in enumerate(rows):
         model = model_views(bank, index)
         for name, view in bank.layout.views(row).items():
             view.copy_(groups.carry(name, model[name], index, memberships))
-    base = bank.base if bool(bank.base.any()) else rows.mean(dim=0)
+    base = bank.base.float() if bool(bank.base.any()) else rows.mean(dim=0)
     return dataclasses.replace(bank, base=base, task_vectors=rows.sub_(base))
 
 

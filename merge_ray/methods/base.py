@@ -106,11 +106,11 @@ class WithOwnTensors(Merged):
     def write(self, task: str, out: Tensor) -> None:
         """See :meth:`Merged.write`."""
         self.merged.write(task, out)
-        row = self.bank.task_vectors[self.bank.tasks.index(task)]
-        for entry in self.bank.layout.entries:
-            if entry.name in self.own:
-                columns = slice(entry.offset, entry.offset + entry.size)
-                out[columns] = self.bank.base[columns] + row[columns]
+        bank, row = self.bank, self.bank.tasks.index(task)
+        for name, start, stop in zip(bank.layout.names, bank.bounds, bank.bounds[1:], strict=False):
+            if name in self.own:
+                columns = slice(int(start), int(stop))
+                out[columns] = bank.base[columns] + bank.task_vectors[row, columns]
 
     def storage_bytes(self) -> int:
         """What the merge needs, and the own tensors of every task but one."""
@@ -149,8 +149,10 @@ class Predictor(Merged):
 class MergeInputs:
     """All that a method may see: the bank, a seed, a buffer to merge into, and what it declared to need.
 
-    bank: the models. seed: for methods that draw. out: the buffer ``[P]`` for the result, made on first
-    use when the caller has none. resources: what answers the method's ``needs``, by name. used: those that were asked.
+    bank: the models, or a slice of their columns on each host of a group. seed: for methods that draw. out: the buffer
+    ``[P]`` for the result, made on first use when the caller has none. resources: what answers the method's ``needs``,
+    by name. total: see :mod:`merge_ray.kernels`; what a method that merges ``by_columns`` agrees on across a group.
+    used: the resources that were asked.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class MergeInputs:
         cache: MergeCache | None = None,
         resources: Mapping[str, Any] | None = None,
         needs: frozenset[str] = NEEDS,
+        total: kernels.Total = kernels.alone,
     ) -> None:
         self.bank = bank
         self.seed = seed
@@ -168,6 +171,7 @@ class MergeInputs:
         self._cache = cache if cache is not None else MergeCache(0)
         self._resources = dict(resources or {})
         self._needs = needs
+        self.total = total
         self.used: set[str] = set()
 
     @property
@@ -226,22 +230,29 @@ class MergeInputs:
     def cached(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
         """``compute()``, or its result from an earlier candidate that shares this expensive part.
 
-        The result is read-only for the caller: the next candidate gets the same tensor. keep: for small results that
-        take long; other hosts get them too, and a sweep that goes on. The ``key`` must then say all but the models.
+        The result is read-only for the caller: the next candidate gets the same tensor. The hosts of a group compute
+        it together where one of them has it no more. keep: for small results that take long; other hosts get them too,
+        and a sweep that goes on. The ``key`` must then say all but the models.
         """
-        return self._cache.get((self.bank.tasks, key), compute, keep)
+        whole_key = (self.bank.tasks, key)
+        if int(self.total(np.array(whole_key not in self._cache, dtype=np.int64))):
+            self._cache.forget(whole_key)
+        return self._cache.get(whole_key, compute, keep)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(ABC):
     """A published merging method with its parameters.
 
-    name: as in specs and the ledger. paper: what to cite. needs: what it sees beyond the bank.
+    name: as in specs and the ledger. paper: what to cite. needs: what it sees beyond the bank. by_columns: whether it
+    may merge a slice of the columns without the others, but for what ``inputs.total`` adds up; then a bank that is
+    larger than a device can be shared by several.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    by_columns: ClassVar[bool]
 
     @abstractmethod
     def merge(self, inputs: MergeInputs) -> Merged:
@@ -316,11 +327,13 @@ AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 _registry: dict[str, type[Method]] = {}
 
 
-def register(name: str, *, paper: str, needs: tuple[str, ...] = ()) -> Callable[[AnyMethod], AnyMethod]:
-    """Make a :class:`Method` known under ``name``; ``needs`` are words of :data:`NEEDS`."""
+def register(
+    name: str, *, paper: str, needs: tuple[str, ...] = (), by_columns: bool = False
+) -> Callable[[AnyMethod], AnyMethod]:
+    """Make a :class:`Method` known under ``name``; ``needs`` are words of :data:`NEEDS`. See there for the others."""
 
     def add(cls: AnyMethod) -> AnyMethod:
-        cls.name, cls.paper, cls.needs = name, paper, frozenset(needs)
+        cls.name, cls.paper, cls.needs, cls.by_columns = name, paper, frozenset(needs), by_columns
         _registry[name] = cls
         return cls
 

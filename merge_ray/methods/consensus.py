@@ -28,6 +28,7 @@ CONSENSUS_MASK = "consensus_mask"
     "consensus",
     paper="Wang et al., Localizing Task Information for Improved Model Merging and Compression, ICML 2024",
     needs=("validation",),
+    by_columns=True,
 )
 @dataclass(frozen=True)
 class Consensus(Method):

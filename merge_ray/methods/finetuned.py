@@ -11,7 +11,7 @@ from merge_ray.bank import ModelBank
 from merge_ray.methods.base import Merged, MergeInputs, Method, register
 
 
-@register("finetuned", paper="the fine-tuned models, a reference")
+@register("finetuned", paper="the fine-tuned models, a reference", by_columns=True)
 @dataclass(frozen=True)
 class Finetuned(Method):
     """``theta_0 + tau_t`` for task ``t``: the fine-tuned model up to the rounding of the subtraction.

@@ -14,6 +14,7 @@ from merge_ray.space import Float
 @register(
     "magnitude_mask",
     paper="Wang et al., Localizing Task Information for Improved Model Merging and Compression (baseline), ICML 2024",
+    by_columns=True,
 )
 @dataclass(frozen=True)
 class MagnitudeMask(Method):

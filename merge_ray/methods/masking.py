@@ -137,7 +137,10 @@ def masked_bytes(bank: ModelBank) -> int:
 
 
 def read_masks(location: str, bank: ModelBank) -> dict[str, np.ndarray]:
-    """The bank's tasks' packed masks from a ``.npz`` of artifacts; raises :class:`CheckpointError`."""
+    """The bank's tasks' packed masks from a ``.npz`` of artifacts, those of the columns that the bank has.
+
+    Raises :class:`CheckpointError` for a file that does not fit.
+    """
     path = open_location(location)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -151,7 +154,8 @@ def read_masks(location: str, bank: ModelBank) -> dict[str, np.ndarray]:
         if masks[task].shape != expected or masks[task].dtype != np.uint8:
             found = f"{masks[task].dtype} {list(masks[task].shape)}"
             raise CheckpointError(f"{path}: the mask of {task} is {found}, for these models uint8 {list(expected)}")
-    return {task: masks[task] for task in bank.tasks}
+    columns = bank.columns
+    return {task: masks[task][columns.start // 8 : kernels.packed_size(columns.stop)] for task in bank.tasks}
 
 
 def choose_mask_lambdas(

@@ -26,6 +26,13 @@ class MergeCache:
         self.directory = directory
         self._results: dict[Hashable, Tensor] = {}
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._results
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the result stored under ``key``, if there is one."""
+        self._results.pop(key, None)
+
     def get(self, key: Hashable, compute: Callable[[], Tensor], keep: bool = False) -> Tensor:
         """The result stored under ``key``, computed first if it is not there; ``keep`` it in the directory."""
         if key in self._results:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from merge_ray.methods.base import Merged, MergeInputs, Method, SharedWeights, register
 from merge_ray.methods.finetuned import OwnWeights
 
 
-@register("pretrained", paper="the base model, a reference; without a base, the models as published")
+@register("pretrained", paper="the base model, a reference; without a base, the models as published", by_columns=True)
 @dataclass(frozen=True)
 class Pretrained(Method):
     """``theta_0`` for every task.
@@ -20,6 +22,6 @@ class Pretrained(Method):
     def merge(self, inputs: MergeInputs) -> Merged:
         """See :class:`Pretrained`."""
         bank = inputs.bank
-        if not bool(bank.base.any()):
+        if not int(inputs.total(np.array(bool(bank.base.any()), dtype=np.int64))):
             return OwnWeights(self, bank, as_published=True)
         return SharedWeights(self, bank, inputs.out.copy_(bank.base))

@@ -103,7 +103,7 @@ class PerSampleWeights(TorchFunctionMode):
         """The base's tensor, the task vectors' ``[T, ...]``, and this sample's coefficients ``[T]``."""
         place, entry = self.places[id(weight)]
         columns = slice(entry.offset, entry.offset + entry.size)
-        base, rows = self.bank.base[columns].view(entry.shape), self.bank.task_vectors[:, columns]
+        base, rows = self.bank.base[columns].float().view(entry.shape), self.bank.task_vectors[:, columns]
         coefficients = self.coefficients if self.coefficients.ndim == 1 else self.coefficients[:, place]
         return base, rows.unflatten(1, entry.shape) if entry.shape else rows[:, 0], coefficients
 

@@ -42,6 +42,7 @@ class MaskFile(Space):
     "tall_mask",
     paper="Wang et al., Localizing Task Information for Improved Model Merging and Compression, ICML 2024",
     needs=("validation",),
+    by_columns=True,
 )
 @dataclass(frozen=True)
 class TallMask(Method):

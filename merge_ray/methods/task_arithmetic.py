@@ -12,7 +12,7 @@ from merge_ray.methods.base import Merged, MergeInputs, Method, SharedWeights, p
 from merge_ray.space import Float
 
 
-@register("task_arithmetic", paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023")
+@register("task_arithmetic", paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023", by_columns=True)
 @dataclass(frozen=True)
 class TaskArithmetic(Method):
     """``theta_0 + lambda sum_t tau_t``, or ``theta_0 + sum_t lambda_t tau_t`` with a coefficient per task.

@@ -13,7 +13,7 @@ from merge_ray.methods.base import Merged, MergeInputs, Method, SharedWeights, p
 from merge_ray.space import Choice, Float
 
 
-@register("ties", paper="Yadav et al., TIES-Merging, NeurIPS 2023")
+@register("ties", paper="Yadav et al., TIES-Merging, NeurIPS 2023", by_columns=True)
 @dataclass(frozen=True)
 class Ties(Method):
     """``theta_0 + lambda tau``, where ``tau`` ``[P]`` merges the trimmed task vectors in which signs agree.
@@ -58,7 +58,8 @@ def ties_task_vector(
     """The merged task vector ``[P]`` of :class:`Ties` before scaling, shared between candidates."""
     rows, bounds = inputs.bank.task_vectors, trim_bounds(inputs, trim)
     thresholds = cached_thresholds(inputs, density, trim)
-    merge = partial(kernels.disjoint_merge, bounds=bounds, positive_tie=tied_majority == "positive")
+    positive = tied_majority == "positive"
+    merge = partial(kernels.disjoint_merge, bounds=bounds, positive_tie=positive, total=inputs.total)
     return inputs.cached(
         ("ties", density, disjoint, trim, tied_majority),
         lambda: merge(rows, thresholds, disjoint, kernels.vector(rows)),
@@ -67,10 +68,12 @@ def ties_task_vector(
 
 def trim_bounds(inputs: MergeInputs, trim: str) -> np.ndarray | None:
     """Where the tensors lie that have thresholds of their own, or None."""
-    return inputs.bank.layout.bounds if trim == "tensor" else None
+    return inputs.bank.bounds if trim == "tensor" else None
 
 
 def cached_thresholds(inputs: MergeInputs, density: float, trim: str = "model") -> Tensor:
     """The trim's thresholds ``[T, 1]`` or ``[T, L]``, shared between candidates."""
     rows, bounds = inputs.bank.task_vectors, trim_bounds(inputs, trim)
-    return inputs.cached(("thresholds", density, trim), lambda: kernels.trim_thresholds(rows, density, bounds))
+    return inputs.cached(
+        ("thresholds", density, trim), lambda: kernels.trim_thresholds(rows, density, bounds, inputs.total)
+    )

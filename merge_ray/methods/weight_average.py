@@ -8,7 +8,7 @@ from merge_ray import kernels
 from merge_ray.methods.base import Merged, MergeInputs, Method, SharedWeights, register
 
 
-@register("weight_average", paper="Wortsman et al., Model soups, ICML 2022")
+@register("weight_average", paper="Wortsman et al., Model soups, ICML 2022", by_columns=True)
 @dataclass(frozen=True)
 class WeightAverage(Method):
     """``theta_0 + (1 / T) sum_t tau_t``.

@@ -9,7 +9,7 @@ from merge_ray.methods.finetuned import OwnWeights
 from merge_ray.space import Float
 
 
-@register("wise_ft", paper="Wortsman et al., Robust Fine-tuning of Zero-shot Models, CVPR 2022")
+@register("wise_ft", paper="Wortsman et al., Robust Fine-tuning of Zero-shot Models, CVPR 2022", by_columns=True)
 @dataclass(frozen=True)
 class WiseFt(Method):
     """``(1 - alpha) theta_0 + alpha theta_t`` for task ``t``, in a bank of one task or of several.
