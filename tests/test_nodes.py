@@ -229,7 +229,7 @@ def test_a_sweep_over_nodes_scores_as_on_one_and_keeps_a_cache_on_each(
 
     def in_shared_memory(host: Any) -> bool:
         """Whether a host's bank lies in Ray's store and is no copy."""
-        at = host.bank.task_vectors.data_ptr()
+        at = host.scorer.bank.task_vectors.data_ptr()
         for line in Path("/proc/self/maps").read_text().splitlines():
             start, end = (int(text, 16) for text in line.split()[0].split("-"))
             if start <= at < end:
