@@ -65,7 +65,7 @@ def run_sweep(spec: SweepSpec, progress: Progress, retry_failed: bool = False) -
         data, heads = _prepare_data(spec, base, progress)
         fingerprints = _fingerprints(spec, bank, data, heads)
         rows = _open_ledger(spec, results, fingerprints, retry_failed)
-        with ray_session(progress):
+        with ray_session(progress, sum(array.nbytes for array in bank.arrays().values())):
             plan = plan_sweep(spec, bank, ("finetuned", *_lower_references(spec)))
             progress.line(plan.text)
             with _start_actors(spec, results, bank, plan, data, heads, progress) as (pool, ledger):

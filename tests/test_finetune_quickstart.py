@@ -60,7 +60,7 @@ class Shipped:
     @cache  # noqa: B019 (one object a module)
     def arithmetic(self, coefficient: float) -> float:
         """The mean accuracy of task arithmetic."""
-        flat = self.bank.base + coefficient * self.bank.task_vectors.sum(dim=0)
+        flat = self.bank.base + coefficient * sum(self.bank.task_vectors)
         return float(np.mean([self.accuracy(flat, task) for task in self.tasks]))
 
 

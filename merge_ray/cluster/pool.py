@@ -306,7 +306,8 @@ class HostPool:
 
 def _put(arrays: Mapping[str, np.ndarray]) -> ray.ObjectRef:
     # Hosts can map only contiguous arrays; of others, as a slice of the columns is one, each would have a copy.
-    return ray.put({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    # Scalars are, and NumPy would make vectors of them.
+    return ray.put({name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()})
 
 
 @ray.remote
