@@ -59,7 +59,7 @@ class Round:
     twice: int = 0
     failed: int = 0
     same_leaderboard: bool = False
-    left: int = 0
+    left: list[str] = field(default_factory=list)
     hung: int = 0
     output: str = ""
 
@@ -161,14 +161,14 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
             if killed:
                 found.kills.append("+".join(killed))
             ends = bool({"driver", "raylet"} & set(killed))
-        family = _family(process.pid) or family
+        names = {item: _command_line(item) for item in _family(process.pid) or family}
         try:
             status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             found.hung += 1
         # Nothing of a command that ended may write any more when the next begins.
-        found.left += sum(map(_lives, psutil.wait_procs(family, timeout=60)[1]))
+        found.left += [names[item] for item in psutil.wait_procs(names, timeout=60)[1] if _lives(item)]
     if status != 0:
         found.output = (sweep.results / "output").read_text()[-2000:]
         return found

@@ -135,7 +135,7 @@ def interrupt(process: subprocess.Popen[bytes], directory: Path, rows: int, time
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.2)
     assert process.wait(timeout=120) == 130
-    return (directory.parents[1] / "output").read_text()
+    return " ".join((directory.parents[1] / "output").read_text().split())
 
 
 @pytest.mark.slow

@@ -156,6 +156,9 @@ class _TrialCallback(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.ended_in_a_row = 0
+        # Tune keeps statistics of all that a trial reported, tens of kilobytes, until the sweep ends; none is read.
+        trial.metric_n_steps.clear()
+        trial.metric_analysis.clear()
         if trial.last_result.get("status") == "unrecorded":
             self.searcher.stop(LedgerError(trial.last_result["error"]))
         self.progress()
