@@ -33,7 +33,7 @@ def test_models_that_fit_are_held_by_every_host() -> None:
     chosen = plan()
     assert chosen.slices == 1
     assert chosen.text == (
-        "4 hosts, each with all models: 43.9 GB fit a device's 80 GB "
+        "4 hosts, each with all models: 43.9 GB of a device's 80 GB "
         "(bank 32 GB, skeleton 4 GB, merge 4.88 GB, activations 2 GB, data 1 GB)"
     )
     assert plan(limit=NEEDS.device(1)).slices == 1
@@ -61,7 +61,7 @@ def test_slices_cover_all_columns_and_are_about_equal(slices: int) -> None:
 def test_on_cpus_the_bank_is_in_shared_memory_and_only_a_limit_limits_a_host() -> None:
     needs, node = replace(NEEDS, on_cpu=True, data=0), replace(NODE, device_memory=None, memory=200 * GB)
     assert plan(needs, node).slices == 1
-    assert "42.9 GB fit memory" in plan(needs, node).text
+    assert "42.9 GB of memory" in plan(needs, node).text
     assert plan(needs, node, limit=30 * GB).slices == 2
     with pytest.raises(MergeRayError) as error:
         plan(needs, replace(node, memory=40 * GB))

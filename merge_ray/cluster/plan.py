@@ -128,7 +128,7 @@ def make_plan(
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     if slices == 1:
         place = "memory" if device is None else f"a device's {format_bytes(device)}"
-        text = f"{_count(hosts, 'host')}, each with all models: {format_bytes(needs.device(1))} fit {place} ({listed})"
+        text = f"{_count(hosts, 'host')}, each with all models: {format_bytes(needs.device(1))} of {place} ({listed})"
     else:
         text = (
             f"{_count(hosts // slices, 'group')} of {slices} hosts that share the models, for all are "
