@@ -340,7 +340,8 @@ class SweepSpec(Strict):
     @property
     def directory(self) -> Path:
         """The results directory, or its copy on this machine if it lies on S3."""
-        return results_at(self.location).directory
+        with self.s3.applied():  # the copy of one place is not that of another that has its name
+            return results_at(self.location).directory
 
 
 def objective_names(tasks: Sequence[str]) -> list[str]:

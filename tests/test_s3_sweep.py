@@ -25,6 +25,7 @@ from merge_ray.methods.coding import Codings, read_mapping
 from merge_ray.methods.masking import MASK, read_masks
 from merge_ray.progress import Progress
 from merge_ray.relatedness import RelatednessSpec
+from merge_ray.results import results_at
 from merge_ray.s3 import client
 from merge_ray.spec import SweepSpec
 from merge_ray.spec_files import load_spec, load_sweeps
@@ -119,6 +120,11 @@ def test_the_block_of_a_spec_holds_while_it_is_checked(
     [spec] = load_sweeps(path)
     assert spec.s3.endpoint == bucket.endpoint
     assert spec.s3.environment() == {"AWS_ENDPOINT_URL_S3": bucket.endpoint, "AWS_REGION": "us-east-1"}
+    # Results that have one name at two endpoints have two copies.
+    there = spec.model_copy(update={"results": "s3://world/results"})
+    with spec.s3.applied():
+        assert there.directory == results_at("s3://world/results/tiny").directory
+    assert there.directory != results_at("s3://world/results/tiny").directory
     for changes, message in {
         ("s3.endpoint=localhost:9000",): r"s3: endpoint: an address http://host\[:port\]",
         ("s3.regoin=x",): r"s3.regoin: unknown key; did you mean 'region'\?",
