@@ -4,22 +4,26 @@ The sweep is the quickstart's (its models, tasks and seven studies) with fewer i
 another SPEC. It runs once in peace. Then, every round, it starts anew in an empty directory, and something of it is
 sent SIGKILL at a random moment: the driver, a host, the process of a trial, the ledger's actor, the raylet, or several
 of them at once. A command that ended is given again, until one ends well. A row counts as acknowledged once it can be
-read from the ledger.
+read from the ledger. With ``--s3`` the results lie on an S3 server on this machine, which stops answering now and then.
 
-    python benchmarks/faults.py [SPEC] [--rounds 50] [--seed 0] [--images 20] [--set KEY=VALUE ...]
+    python benchmarks/faults.py [SPEC] [--rounds 50] [--seed 0] [--images 20] [--s3] [--set KEY=VALUE ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from rich.table import Table
 
 from merge_ray.errors import LedgerError
 from merge_ray.leaderboard import rank, read_rows
+from merge_ray.s3 import client
 
 SPEC = Path(__file__).parents[1] / "sweeps" / "quickstart.yaml"
 TARGETS = {
@@ -40,6 +45,9 @@ TARGETS = {
     "raylet": r"\S*/raylet/raylet ",
 }
 """What is killed, by its command line."""
+LONGEST_OUTAGE = 30.0
+"""Seconds."""
+BUCKET = "faults"
 MOST_KILLS = 4
 """Kills a round: what is left of it runs in peace."""
 PATIENCE = 900.0
@@ -73,25 +81,30 @@ class Round:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as a user starts it: in a process of its own, with a Ray of its own."""
+    """A sweep as a user starts it: in a process of its own, with a Ray of its own.
+
+    folder: where its results are, or else its output and its copy of results on the S3 server ``s3``.
+    """
 
     spec: Path
     overrides: tuple[str, ...]
-    results: Path
+    folder: Path
+    s3: psutil.Process | None = None
 
     @property
-    def directory(self) -> Path:
-        """Its results directory."""
-        return self.results / "faults"
+    def results(self) -> str:
+        """Where its results are."""
+        return f"s3://{BUCKET}/{self.folder.name}" if self.s3 else str(self.folder)
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command; what it says goes to a file ``output`` in the results."""
         settings = ("name=faults", f"results={self.results}", "hosts.count=2", *self.overrides)
-        self.results.mkdir(parents=True, exist_ok=True)
-        with (self.results / "output").open("ab") as output:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cache = {"MERGE_RAY_CACHE": str(self.folder / "cache")} if self.s3 else {}
+        with (self.folder / "output").open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "merge_ray", "sweep", str(self.spec), *(f"--set={text}" for text in settings)],
-                env={**os.environ, "RAY_ADDRESS": "local"},
+                env={**os.environ, "RAY_ADDRESS": "local", **cache},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -99,7 +112,7 @@ class Sweep:
     def rows(self) -> dict[tuple[str, str], Row]:
         """The rows that can be read, by study and identity."""
         try:
-            rows: list[Any] = read_rows(self.directory).to_dict("records")
+            rows: list[Any] = read_rows(f"{self.results}/faults").to_dict("records")
         except LedgerError:
             return {}
         return {(row["study"], row["identity"]): row for row in rows}
@@ -107,7 +120,7 @@ class Sweep:
     def leaderboard(self) -> list[tuple[Any, ...]]:
         """What must not depend on what was killed."""
         columns = ["study", "parameters", "identity", "validation_identity", "score", "mean", "rank"]
-        return [tuple(row) for row in rank(read_rows(self.directory))[columns].astype(str).to_numpy()]
+        return [tuple(row) for row in rank(read_rows(f"{self.results}/faults"))[columns].astype(str).to_numpy()]
 
 
 def main() -> None:
@@ -117,26 +130,56 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=20, help="of each task and split")
+    parser.add_argument("--s3", action="store_true", help="results on an S3 server, with outages")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="as of merge-ray sweep")
     arguments = parser.parse_args()
     limits = (f"evaluation.max_samples={arguments.images}", f"task_defaults.test_size={arguments.images}")
-    with tempfile.TemporaryDirectory() as folder:
-        rounds = run(arguments.spec, (*limits, *arguments.overrides), Path(folder), arguments.rounds, arguments.seed)
+    overrides = (*limits, *arguments.overrides)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        s3 = stack.enter_context(s3_server(folder)) if arguments.s3 else None
+        rounds = run(arguments.spec, overrides, folder, arguments.rounds, arguments.seed, s3)
     show(rounds)
     sys.exit(not all(item.passed for item in rounds))
 
 
-def run(spec: Path, overrides: tuple[str, ...], folder: Path, rounds: int, seed: int) -> list[Round]:
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[psutil.Process]:
+    """A server in a process of its own, the only one that this process and those that it starts will ask."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        AWS_ACCESS_KEY_ID="any",
+        AWS_SECRET_ACCESS_KEY="any",
+        AWS_DEFAULT_REGION="us-east-1",
+        MERGE_RAY_CACHE=str(folder / "cache"),
+    )
+    with (folder / "s3").open("w") as log:
+        process = psutil.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)
+        client().create_bucket(Bucket=BUCKET)
+        yield process
+    finally:
+        process.kill()
+
+
+def run(
+    spec: Path, overrides: tuple[str, ...], folder: Path, rounds: int, seed: int, s3: psutil.Process | None
+) -> list[Round]:
     """An undisturbed sweep in ``folder``, and so many rounds that must end like it."""
-    peace = Sweep(spec, overrides, folder / "peace")
+    peace = Sweep(spec, overrides, folder / "peace", s3)
     started = time.monotonic()
     if peace.start().wait(PATIENCE):
-        raise RuntimeError((peace.results / "output").read_text())
+        raise RuntimeError((peace.folder / "output").read_text())
     lasts, expected = time.monotonic() - started, peace.leaderboard()
     done = []
     for index in range(rounds):
         generator = random.Random(f"{seed}/{index}")
-        done.append(one_round(Sweep(spec, overrides, folder / str(index)), lasts, expected, generator))
+        done.append(one_round(Sweep(spec, overrides, folder / str(index), s3), lasts, expected, generator))
         print(f"round {index}: {done[-1]}" if not done[-1].passed else f"round {index}: {done[-1].kills}", flush=True)
     return done
 
@@ -158,6 +201,10 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
             acknowledged |= sweep.rows()
             family = _family(process.pid)
             killed = kill(family, _targets(generator), generator)
+            if sweep.s3 and generator.random() < 0.5:
+                killed.append("s3")
+                sweep.s3.suspend()
+                threading.Timer(generator.uniform(0, LONGEST_OUTAGE), sweep.s3.resume).start()
             if killed:
                 found.kills.append("+".join(killed))
             ends = bool({"driver", "raylet"} & set(killed))
@@ -170,7 +217,7 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
         # Nothing of a command that ended may write any more when the next begins.
         found.left += [names[item] for item in psutil.wait_procs(names, timeout=60)[1] if _lives(item)]
     if status != 0:
-        found.output = (sweep.results / "output").read_text()[-2000:]
+        found.output = (sweep.folder / "output").read_text()[-2000:]
         return found
     rows = sweep.rows()
     found.lost = len(acknowledged.keys() - rows.keys())
