@@ -100,7 +100,7 @@ def trial_overhead(spec: SweepSpec, trials: int, progress: Progress) -> float:
     with tempfile.TemporaryDirectory() as folder, ray_session(progress):
         settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}}
         study = spec.studies["task_arithmetic"].model_validate({"name": "ta", "method": "task_arithmetic", **settings})
-        small = spec.model_copy(update={"results": Path(folder), "studies": {"ta": study}})
+        small = spec.model_copy(update={"results": folder, "studies": {"ta": study}})
         rows = read_rows(run_sweep(small, progress))
         hosts = int(ray.cluster_resources()["CPU"])
     rows = rows[rows["study"] == "ta"]
@@ -113,7 +113,7 @@ def trial_overhead(spec: SweepSpec, trials: int, progress: Progress) -> float:
 
 def second_host(spec: SweepSpec, progress: Progress) -> float:
     """The private memory that the second of two hosts adds, as a share of a bank made large by padding."""
-    small, base = load_bank(spec.models, spec.task_names, progress)
+    small, base = load_bank(spec.models.model_copy(update={"dtype": "float32"}), spec.task_names, progress)
     padding = Entry("zz.padding", (PADDING,), torch.float32, small.layout.size)
     layout = Layout((*small.layout.entries, padding))
     arrays = {
