@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from merge_ray.errors import DataError, MergeRayError
+from merge_ray.errors import DataError, MergeRayError, format_bytes
 
 
 def cache_directory() -> Path:
@@ -42,7 +42,8 @@ def _write_aside(
     """Under the lock, anything left at the name aside is from a process that was killed."""
     free = shutil.disk_usage(directory.parent).free
     if needed > free:
-        raise error(f"no room for {what} in {directory.parent}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+        sizes = f"{format_bytes(needed)} needed, {format_bytes(free)} free"
+        raise error(f"no room for {what} in {directory.parent}: {sizes}")
     aside = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from merge_ray.cluster import session
 from merge_ray.cluster.plan import Machine, Needs, Plan, make_plan
 from merge_ray.errors import MergeRayError, format_bytes
 from merge_ray.kernels import SLICE_STEP
@@ -118,3 +121,10 @@ def test_an_object_store_that_would_spill_is_refused_before() -> None:
 )
 def test_sizes_read_as_people_write_them(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+def test_a_ray_that_is_started_here_has_an_object_store_for_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 10**9))
+    # Ray's own would be 30 GB, which spills from 24 GB on.
+    assert session._store_size(23 * 10**9) is None
+    assert session._store_size(40 * 10**9) == 50 * 10**9

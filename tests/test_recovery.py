@@ -2,13 +2,10 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 import tiny
+from kills import killed
 
 from merge_ray.leaderboard import rank, read_rows
 from merge_ray.progress import Progress
@@ -90,36 +88,14 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(world: Path, undistur
     same_leaderboard(directory, undisturbed)
 
 
-def kill_after_first_rows(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
-    """Kill a process of the actor class at a random moment of the search."""
-    while len(ledger_files(directory)) < 5 and not done.wait(0.05):
-        pass
-    time.sleep(random.uniform(0.0, 0.5))
-    while not done.is_set():
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if re.match(rf"ray::\w*{actor}", "".join(process.cmdline())):
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
-
-
 SLOW_ACTORS = [pytest.param(actor, marks=pytest.mark.slow) for actor in ("ResultsActor", "Trainable")]
 
 
 @pytest.mark.parametrize("actor", ["ModelHost", *SLOW_ACTORS])
 def test_a_killed_actor_is_replaced_and_its_trial_runs_again(world: Path, undisturbed: Path, actor: str) -> None:
     [spec] = load_sweeps(tiny.write_spec(world, name=f"killed_{actor}", studies=STUDIES, hosts=TWO))
-    done = threading.Event()
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_after_first_rows, args=(spec.directory, actor, done, killed))
-    killer.start()
-    try:
+    with killed(actor, spec.directory):
         run_sweep(spec, Progress())
-    finally:
-        done.set()
-        killer.join()
-    assert killed
     assert set(read_rows(spec.directory)["status"]) <= {"complete", "pruned"}
     same_leaderboard(spec.directory, undisturbed)
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import re
-import signal
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import tiny
 import torch
+from kills import killed
 
 from merge_ray.bank import Layout
 from merge_ray.cluster.plan import Needs
@@ -139,32 +133,10 @@ def test_what_cannot_be_shared_is_said_before_any_host_loads(world: Path, ray_cl
         run_sweep(load(world, name="alone", hosts={**hosts, "count": 1}), Progress())
 
 
-def kill_one(directory: Path, actor: str, done: threading.Event, killed: list[int]) -> None:
-    """Kill a process of the actor class, of this test's own cluster, at a random moment of the search."""
-    while len(list((directory / "trials").glob("*.parquet"))) < 5 and not done.wait(0.05):
-        pass
-    time.sleep(random.uniform(0.0, 0.5))
-    while not done.is_set():
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if re.match(rf"ray::\w*{actor}", "".join(process.cmdline())):
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("actor", ["SliceHost", "Meeting", "ModelHost"])
 def test_a_group_that_loses_a_process_starts_again(world: Path, replicated: Path, actor: str) -> None:
     spec = load(world, name=f"killed_{actor}", hosts={"device_memory": limited(world)})
-    done = threading.Event()
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_one, args=(spec.directory, actor, done, killed))
-    killer.start()
-    try:
+    with killed(actor, spec.directory):
         run_sweep(spec, Progress())
-    finally:
-        done.set()
-        killer.join()
-    assert killed
     same_sweep(replicated, spec.directory)
