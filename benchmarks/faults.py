@@ -52,6 +52,9 @@ MOST_KILLS = 4
 """Kills a round: what is left of it runs in peace."""
 PATIENCE = 900.0
 """Seconds after which a command that has not ended counts as one that hangs."""
+FAREWELL = 90.0
+"""Seconds in which all processes of a command that ended are gone. Two agents of Ray's take a minute where raylet and
+driver were killed at once: they report the raylet's end to a head that is gone too."""
 
 Row = dict[str, Any]
 
@@ -100,7 +103,8 @@ class Sweep:
         """Start the command; what it says goes to a file ``output`` in the results."""
         settings = ("name=faults", f"results={self.results}", "hosts.count=2", *self.overrides)
         self.folder.mkdir(parents=True, exist_ok=True)
-        cache = {"MERGE_RAY_CACHE": str(self.folder / "cache")} if self.s3 else {}
+        # Another than this process has, which looks at the results from outside.
+        cache = {"MERGE_RAY_CACHE": str(self.folder.parent / "sweeps")} if self.s3 else {}
         with (self.folder / "output").open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "merge_ray", "sweep", str(self.spec), *(f"--set={text}" for text in settings)],
@@ -215,7 +219,7 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
             process.kill()
             found.hung += 1
         # Nothing of a command that ended may write any more when the next begins.
-        found.left += [names[item] for item in psutil.wait_procs(names, timeout=60)[1] if _lives(item)]
+        found.left += [names[item] for item in psutil.wait_procs(names, timeout=FAREWELL)[1] if _lives(item)]
     if status != 0:
         found.output = (sweep.folder / "output").read_text()[-2000:]
         return found

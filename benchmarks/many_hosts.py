@@ -16,8 +16,9 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ from merge_ray.cluster.ledger import start_results_actor
 from merge_ray.cluster.pool import HostPool
 from merge_ray.cluster.session import ray_session
 from merge_ray.cluster.tuning import run_studies
+from merge_ray.leaderboard import read_rows
 from merge_ray.methods.base import make_method
 from merge_ray.progress import Progress
 from merge_ray.spec import EvaluationSpec, HostsSpec, StudySpec
@@ -128,14 +130,14 @@ def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None
         )
     busy, begun, ended = ray.get(hosts.seconds.remote())
     passed = ended - begun
-    rows = len(list((directory / "trials").glob("*.parquet")))
+    rows = len(read_rows(directory))
     table.add_row("hosts busy", f"{busy / passed / arguments.hosts:.1%}", ">= 95 %")
     table.add_row("candidates/s", f"{arguments.candidates / passed:.1f}", "")
     table.add_row("rows", f"{rows}", f"{arguments.candidates}")
     searched = [sample for sample in samples if sample[0] >= begun]
     (_, before, _), (_, after, memory) = searched[0], searched[-1]
     for name, used in after.items():
-        each = 1000 * (used - before.get(name, 0.0)) / arguments.candidates
+        each = 1000 * (used - before[name]) / arguments.candidates
         table.add_row(f"processor ms a candidate, {name}", f"{each:.1f}", "")
     grown = f"{searched[len(searched) // 2][2]:.0f} -> {memory:.0f}"
     table.add_row("driver's memory, MB, half way and at the end", grown, "flat")
@@ -147,22 +149,24 @@ def _template(spec: StudySpec) -> Candidate:
 
 
 @contextmanager
-def sampled() -> Iterator[list[tuple[float, dict[str, float], float]]]:
+def sampled() -> Iterator[list[tuple[float, Mapping[str, float], float]]]:
     """Samples of the time, the processor seconds used by kind of process, and the driver's memory in MB."""
-    samples: list[tuple[float, dict[str, float], float]] = []
+    samples: list[tuple[float, Mapping[str, float], float]] = []
     done = threading.Event()
 
     def sample() -> None:
         driver = psutil.Process()
+        used: dict[psutil.Process, tuple[str, float]] = {}
         while True:
-            used = {"driver": sum(driver.cpu_times()[:2])}
+            used[driver] = "driver", sum(driver.cpu_times()[:2])
             for child in driver.children(recursive=True):
-                try:
-                    kind, seconds = _kind(child), sum(child.cpu_times()[:2])
-                except psutil.NoSuchProcess:
-                    continue
-                used[kind] = used.get(kind, 0.0) + seconds
-            samples.append((time.monotonic(), used, driver.memory_info().rss / 1e6))
+                with suppress(psutil.NoSuchProcess):
+                    used[child] = _kind(child), sum(child.cpu_times()[:2])
+            # A process that has ended counts with what it had used.
+            kinds = defaultdict[str, float](float)
+            for kind, seconds in used.values():
+                kinds[kind] += seconds
+            samples.append((time.monotonic(), kinds, driver.memory_info().rss / 1e6))
             if done.wait(SAMPLE_EVERY):
                 return
 
@@ -185,7 +189,7 @@ def _kind(process: psutil.Process) -> str:
 
 def ledger_rows_per_second(directory: Path) -> float:
     """Rows acknowledged a second with as many calls under way as a large sweep has."""
-    ledger = start_results_actor(directory, "many_hosts/ledger")
+    ledger = start_results_actor(directory, f"many_hosts/ledger/{directory.name}")
     spec = StudySpec.model_validate({"name": "ties", "method": "task_arithmetic"})
     template = _template(spec)
     row = ledger_row(template, "complete", **_report(0.5), curve=[0.5] * SHARDS, seconds_total=1.0)

@@ -20,13 +20,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from merge_ray import kernels
 from merge_ray.errors import CheckpointError, format_bytes
 from merge_ray.kernels import DerivedTaskVectors, TaskVectors
+from merge_ray.memory import available_memory
 
 StateDict = Mapping[str, Tensor]
 LISTED_PROBLEMS = 12
@@ -296,7 +296,7 @@ def _raise_problems(model: str, problems: Sequence[str]) -> None:
 
 def _check_memory(weights: int, dtype: torch.dtype) -> None:
     """Raise :class:`CheckpointError` where so many weights are more than this machine has memory left for."""
-    needed, left = weights * dtype.itemsize, psutil.virtual_memory().available
+    needed, left = weights * dtype.itemsize, available_memory()
     if needed > left:
         smaller = "hold them in 16 bits (models.dtype in a spec), or " if dtype.itemsize > 2 else ""
         raise CheckpointError(

@@ -20,7 +20,7 @@ ROOMS = [
     "__main__", "cli", "sweep", "export", "report", "cluster", "leaderboard", "study", "models", "spec_files", "spec",
     "relatedness", "finetune", "fetch", "compress", "merging", "candidate", "search", "evaluate", "results", "lock",
     "families", "tasks", "methods", "features", "statistics", "matching", "bank", "kernels", "checkpoints",
-    "s3", "caches", "progress", "space", "errors",
+    "s3", "caches", "memory", "progress", "space", "errors",
 ]  # fmt: skip
 
 # Libraries whose import has another name than their distribution.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from merge_ray.cluster import session
@@ -124,7 +122,7 @@ def test_sizes_read_as_people_write_them(size: int, text: str) -> None:
 
 
 def test_a_ray_that_is_started_here_has_an_object_store_for_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 10**9))
+    monkeypatch.setattr(session, "available_memory", lambda: 100 * 10**9)
     # Ray's own would be 30 GB, which spills from 24 GB on.
     assert session._store_size(23 * 10**9) is None
     assert session._store_size(40 * 10**9) == 50 * 10**9

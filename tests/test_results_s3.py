@@ -13,7 +13,6 @@ from typing import Any
 import boto3
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -30,7 +29,7 @@ from merge_ray.cluster.learned import Learned
 from merge_ray.cluster.ledger import ResultsActor
 from merge_ray.errors import LedgerError, SpecError
 from merge_ray.finetune import FinetuneSpec
-from merge_ray.leaderboard import ROW_SCHEMA, RowWriter, read_rows
+from merge_ray.leaderboard import RowWriter, read_rows
 from merge_ray.lock import _Lock, hold_lock
 from merge_ray.progress import Progress
 from merge_ray.results import Results, open_results, own_results, results_at
@@ -70,13 +69,9 @@ def driver(progress: Progress | None = None, beat: float = 5, lease: float = 60)
         yield results
 
 
-def table(row: dict[str, Any]) -> pa.Table:
-    return pa.Table.from_pylist([row], schema=ROW_SCHEMA)
-
-
 def add(writer: RowWriter, *rows: dict[str, Any]) -> None:
     for row in rows:
-        writer.add(row["identity"], table(row))
+        writer.add(row["identity"], row)
 
 
 def candidates(count: int) -> list[dict[str, Any]]:
@@ -148,7 +143,7 @@ def test_small_objects_are_compacted_while_rows_come(bucket: Any) -> None:
         assert len(keys(bucket)) <= 9
         writer.compact()
         assert len(keys(bucket)) == 1
-        assert writer.find(rows[3]["identity"]).to_pylist()[0]["parameters"] == rows[3]["parameters"]
+        assert writer.find(rows[3]["identity"])["parameters"] == rows[3]["parameters"]
     assert rows_on_s3(bucket) == identities(rows) == read_identities()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import tiny
 import torch
 from kills import killed
 
 from merge_ray.bank import Layout
+from merge_ray.cluster import group
 from merge_ray.cluster.plan import Needs
 from merge_ray.errors import MergeRayError
 from merge_ray.export import export_merge
@@ -140,3 +143,10 @@ def test_a_group_that_loses_a_process_starts_again(world: Path, replicated: Path
     with killed(actor, spec.directory):
         run_sweep(spec, Progress())
     same_sweep(replicated, spec.directory)
+
+
+def test_a_group_that_gets_no_room_says_so(ray_cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "PATIENCE", 1.0)
+    setup: Any = SimpleNamespace(device="cpu", threads=99, ends=(0, 4, 8))
+    with pytest.raises(MergeRayError, match="no room came for the other 1 of a group's hosts in 1 s"):
+        group.Group(setup, [ray.put({}), ray.put({})])

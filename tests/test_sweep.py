@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
 import ray
 import tiny
@@ -233,8 +232,7 @@ def test_mistakes_are_found_before_ray_starts(world: Path, monkeypatch: pytest.M
     }  # fmt: skip
     with pytest.raises(CheckpointError, match=r"bees: this model cannot be merged:\n.* values are NaN or infinite"):
         sweep(world, name="broken", models=models)
-    memory = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    monkeypatch.setattr("merge_ray.bank.available_memory", lambda: 1000)
     with pytest.raises(
         CheckpointError, match=r"are \S+ kB in float32, and this machine has 1 kB of memory left, .*too little: hold"
     ):

@@ -114,6 +114,20 @@ def test_a_trial_process_killed_after_its_row_was_recorded_scores_nothing_twice(
     assert search.study.best_value == pytest.approx(0.1 + 0.8 * 5 / 6, abs=1e-3)
 
 
+def test_no_more_processes_are_started_than_there_are_hosts(
+    tmp_path: Path, ray_cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(MergeTrainable):
+        def setup(self, *shared: Any, **rest: Any) -> None:
+            (tmp_path / f"process-{os.getpid()}").touch()
+            super().setup(*shared, **rest)
+
+    monkeypatch.setattr(tuning, "MergeTrainable", Noted)
+    Search(tmp_path, points=20).run()
+    assert len(read_rows(tmp_path)) == 20
+    assert len(list(tmp_path.glob("process-*"))) <= 2
+
+
 def test_trial_processes_that_cannot_live_end_the_search_with_the_reason(
     tmp_path: Path, ray_cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

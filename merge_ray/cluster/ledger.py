@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,7 +19,7 @@ from merge_ray.candidate import Candidate, fingerprint_of
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.errors import LedgerError
-from merge_ray.leaderboard import ROW_SCHEMA, RowWriter
+from merge_ray.leaderboard import RowWriter
 from merge_ray.results import FOLDERS, Results, open_results
 
 ROWS_AT_ONCE = 64
@@ -48,16 +47,13 @@ class ResultsActor:
     @ray.method(concurrency_group="rows")
     def record(self, row: Mapping[str, Any]) -> str:
         """Make ``row`` durable and return its identity; raises :class:`LedgerError` if it cannot be written."""
-        self.rows.add(row["identity"], pa.Table.from_pylist([dict(row)], schema=ROW_SCHEMA))
+        self.rows.add(row["identity"], row)
         return str(row["identity"])
 
     @ray.method(concurrency_group="rows")
     def share(self, identity: str, study: str) -> None:
         """Give ``study`` a row of its own of a candidate that another study has scored; it took no time."""
-        row = self.rows.find(identity)
-        for name, value in {"study": study, **dict.fromkeys(SECONDS, 0.0)}.items():
-            place = row.schema.get_field_index(name)
-            row = row.set_column(place, row.field(place), pa.array([value], row.field(place).type))
+        row = {**self.rows.find(identity), "study": study, **dict.fromkeys(SECONDS, 0.0)}
         self.rows.add(f"{identity}-{fingerprint_of(study)[:8]}", row)
 
     def compact(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import ray
 import torch
 from ray.exceptions import RayError
@@ -15,6 +14,7 @@ from merge_ray.cluster.nodes import Node, Room, live_nodes
 from merge_ray.cluster.plan import Machine, Needs, Plan, make_plan
 from merge_ray.cluster.pool import PATIENCE, adds_nodes
 from merge_ray.errors import MergeRayError
+from merge_ray.memory import available_memory
 from merge_ray.methods.base import find_method
 from merge_ray.spec import SweepSpec
 from merge_ray.tasks import cache_directory, open_task
@@ -56,7 +56,7 @@ def _machines(room: Room, nodes: Sequence[Node]) -> list[Machine]:
     driver = ray.get_runtime_context().get_node_id()
     memory = _device_memory(nodes) if room.device == "cuda" else {}
     # What Ray was started with does not know of the models that have been read since; its object store is yet to fill.
-    available = psutil.virtual_memory().available
+    available = available_memory()
     left = {node.id: max(0, min(node.memory, available - node.object_store)) for node in nodes if node.id == driver}
     return [
         Machine(

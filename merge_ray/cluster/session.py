@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import ray
 
 from merge_ray.cluster.plan import SPILLS_FROM
+from merge_ray.memory import available_memory
 from merge_ray.progress import Progress
 
 
@@ -46,4 +46,4 @@ def _store_size(shared: int) -> int | None:
     """The object store that keeps ``shared`` bytes in memory; None where the one that Ray makes by itself does."""
     needed = math.ceil(shared / SPILLS_FROM)
     # Of what is left for others, Ray takes 30 %.
-    return needed if needed > 0.3 * psutil.virtual_memory().available else None
+    return needed if needed > 0.3 * available_memory() else None

@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from merge_ray.candidate import Candidate
@@ -144,6 +145,26 @@ class SweepSearcher(Searcher):
         }
 
 
+class _NewestFirst(FIFOScheduler):
+    """Hands the process of a trial that ended to the newest one, which has none yet.
+
+    Tune's own order hands it to the oldest that waits for its process to start, gives that process up, and starts
+    another for the newest: trials that are shorter than the start of a process then start processes without end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Trial] = []
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self.waiting.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        while self.waiting and self.waiting[-1].status != Trial.PENDING:
+            self.waiting.pop()
+        return self.waiting[-1] if self.waiting else None
+
+
 class _TrialCallback(Callback):
     """Reports ended trials to the progress display, and ends the search where trials cannot do their work."""
 
@@ -207,6 +228,7 @@ def run_studies(
         tune.with_resources(trainable, tune.PlacementGroupFactory([{"node:__internal_head__": 0.0001}])),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=_NewestFirst(),
             num_samples=-1,
             max_concurrent_trials=MOST_TRIALS,
             reuse_actors=True,
