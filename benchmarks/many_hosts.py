@@ -1,9 +1,10 @@
 """How many hosts one driver keeps busy: the sweep's own search over hosts that only sleep.
 
 Everything is real but for the hosts: the searcher, Tune and its trial processes, and the ledger on disk. One process
-plays all hosts, so that a small machine holds many of them. Printed: the share of the time that hosts were busy, from
-the first candidate's start to the last one's end; what the driver, the trial processes and Ray needed of the processor;
-what the driver's memory grew by; and how many rows a second the ledger takes when nothing else happens.
+plays all hosts, so that a small machine holds many of them. Printed: how many rows a second the ledger takes when
+nothing else happens; the share of the time that hosts were busy, from the first candidate's start to the last one's
+end, and from when so many candidates had begun as there are hosts; what the driver, the trial processes and Ray needed
+of the processor; and what the driver's memory grew by.
 
     python benchmarks/many_hosts.py [--hosts 64] [--candidates 10000] [--seconds 5] [--searcher random|optuna]
 """
@@ -12,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -46,26 +46,32 @@ LEDGER_ROWS = 2000
 SAMPLE_EVERY = 5.0
 
 
+class Sample(NamedTuple):
+    """Seconds of the clock and of each process's processor time, and the driver's memory in MB."""
+
+    time: float
+    processor: Mapping[psutil.Process, float]
+    memory: float
+
+
 @ray.remote(num_cpus=0)
 class SleepingHosts:
     """All hosts in one process; a call takes its share of a candidate's seconds, and no processor time to speak of."""
 
     def __init__(self, seconds: float) -> None:
         self.each = seconds
-        self.begun, self.ended, self.busy = math.inf, 0.0, 0.0
+        self.calls: list[tuple[int, float, float]] = []
 
     async def score(self, candidate: Candidate, shard: int, *rest: Any) -> dict[str, Any]:
         """A report as a host makes it."""
         started = time.monotonic()
-        self.begun = min(self.begun, started)
         await asyncio.sleep(self.each / SHARDS)
-        self.ended = time.monotonic()
-        self.busy += self.ended - started
+        self.calls.append((shard, started, time.monotonic()))
         return _report(-abs(candidate.parameters["scaling_coefficient"] - 0.3))
 
-    async def seconds(self) -> tuple[float, float, float]:
-        """What all hosts together were busy for, and when the first call began and the last one ended."""
-        return self.busy, self.begun, self.ended
+    async def answered(self) -> list[tuple[int, float, float]]:
+        """The calls' shards, and when they began and ended."""
+        return self.calls
 
 
 def _report(objective: float) -> dict[str, Any]:
@@ -95,8 +101,8 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table("measured", "value", "limit")
     with Progress() as progress, ray_session(progress), tempfile.TemporaryDirectory() as folder:
-        search(arguments, Path(folder), table)
         table.add_row("ledger, rows/s", f"{ledger_rows_per_second(Path(folder) / 'ledger'):.0f}", ">= 500")
+        search(arguments, Path(folder) / "search", table)
     Console().print(table)
 
 
@@ -124,23 +130,29 @@ def search(arguments: argparse.Namespace, directory: Path, table: Table) -> None
     )
     template = _template(spec)
     study = Study(spec, template, TASKS, SHARDS, {}, 2 * len(pool.hosts))
-    with sampled() as samples:
+    with sampled() as (samples, kinds):
         run_studies(
             [study], pool, ledger, {}, EvaluationSpec(shards=SHARDS), directory, lambda: None, threading.Event()
         )
-    busy, begun, ended = ray.get(hosts.seconds.remote())
+    calls = ray.get(hosts.answered.remote())
+    begins, ended = sorted(start for shard, start, _ in calls if not shard), max(stop for *_, stop in calls)
+    begun, full = begins[0], begins[arguments.hosts - 1]
+    for name, since in {"in all": begun, "once all have begun": full}.items():
+        busy = sum(max(0.0, stop - max(start, since)) for _, start, stop in calls)
+        table.add_row(f"hosts busy, {name}", f"{busy / (ended - since) / arguments.hosts:.1%}", ">= 95 %")
     passed = ended - begun
-    rows = len(read_rows(directory))
-    table.add_row("hosts busy", f"{busy / passed / arguments.hosts:.1%}", ">= 95 %")
     table.add_row("candidates/s", f"{arguments.candidates / passed:.1f}", "")
-    table.add_row("rows", f"{rows}", f"{arguments.candidates}")
-    searched = [sample for sample in samples if sample[0] >= begun]
-    (_, before, _), (_, after, memory) = searched[0], searched[-1]
-    for name, used in after.items():
-        each = 1000 * (used - before[name]) / arguments.candidates
-        table.add_row(f"processor ms a candidate, {name}", f"{each:.1f}", "")
-    grown = f"{searched[len(searched) // 2][2]:.0f} -> {memory:.0f}"
-    table.add_row("driver's memory, MB, half way and at the end", grown, "flat")
+    table.add_row("rows", f"{len(read_rows(directory))}", f"{arguments.candidates}")
+    searched = [sample for sample in samples if begun <= sample.time <= ended]
+    first, half, last = searched[0], searched[len(searched) // 2], searched[-1]
+    used = Counter[str]()
+    for process, seconds in last.processor.items():
+        used[kinds[process]] += round(1e6 * (seconds - first.processor.get(process, 0.0)))
+    for name, microseconds in used.items():
+        table.add_row(f"processor ms a candidate, {name}", f"{microseconds / 1000 / arguments.candidates:.1f}", "")
+    grown = 2000 * (last.memory - half.memory) / arguments.candidates
+    table.add_row("driver's memory, MB, half way and at the end", f"{half.memory:.0f}, {last.memory:.0f}", "flat")
+    table.add_row("its growth, kB a candidate", f"{grown:.0f}", "")
 
 
 def _template(spec: StudySpec) -> Candidate:
@@ -149,31 +161,25 @@ def _template(spec: StudySpec) -> Candidate:
 
 
 @contextmanager
-def sampled() -> Iterator[list[tuple[float, Mapping[str, float], float]]]:
-    """Samples of the time, the processor seconds used by kind of process, and the driver's memory in MB."""
-    samples: list[tuple[float, Mapping[str, float], float]] = []
-    done = threading.Event()
+def sampled() -> Iterator[tuple[list[Sample], dict[psutil.Process, str]]]:
+    """Samples while the block runs, and each process's kind; one that has ended stays with what it had used."""
+    samples, kinds, done = list[Sample](), dict[psutil.Process, str](), threading.Event()
 
     def sample() -> None:
-        driver = psutil.Process()
-        used: dict[psutil.Process, tuple[str, float]] = {}
+        driver, used = psutil.Process(), dict[psutil.Process, float]()
         while True:
-            used[driver] = "driver", sum(driver.cpu_times()[:2])
-            for child in driver.children(recursive=True):
+            for process in (driver, *driver.children(recursive=True)):
                 with suppress(psutil.NoSuchProcess):
-                    used[child] = _kind(child), sum(child.cpu_times()[:2])
-            # A process that has ended counts with what it had used.
-            kinds = defaultdict[str, float](float)
-            for kind, seconds in used.values():
-                kinds[kind] += seconds
-            samples.append((time.monotonic(), kinds, driver.memory_info().rss / 1e6))
+                    used[process] = sum(process.cpu_times()[:2])
+                    kinds[process] = "driver" if process == driver else _kind(process)
+            samples.append(Sample(time.monotonic(), dict(used), driver.memory_info().rss / 1e6))
             if done.wait(SAMPLE_EVERY):
                 return
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        yield samples
+        yield samples, kinds
     finally:
         done.set()
         thread.join()
