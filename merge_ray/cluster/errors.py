@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    RayError,
+    RayTaskError,
+)
 
 from merge_ray.errors import MergeRayError
+
+PATIENCE = 60.0
+"""Seconds in which Ray has restarted a process that was killed, or found that its node is gone."""
 
 
 def _root(error: BaseException) -> BaseException:
@@ -25,6 +39,26 @@ def cause(error: BaseException) -> str:
     return f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an actor is gone for good, as it is when its node is: another may do what it was asked."""
+def is_lost(error: BaseException, *actors: Any) -> bool:
+    """Whether an actor that took part is gone for good, as it is when its node is: another may do what it was asked.
+
+    An actor whose process was killed is unavailable at first, whatever became of its node: this waits until Ray knows.
+    """
+    if isinstance(_root(error), ActorUnavailableError):
+        return any(map(_is_gone, actors))
     return isinstance(_root(error), (ActorDiedError, ActorUnschedulableError))
+
+
+def _is_gone(actor: Any) -> bool:
+    until = time.monotonic() + PATIENCE
+    while (left := until - time.monotonic()) > 0:
+        try:
+            ray.get(actor.__ray_ready__.remote(), timeout=left)
+            return False
+        except ActorUnavailableError:
+            time.sleep(0.5)
+        except GetTimeoutError:
+            break
+        except RayError as error:
+            return is_lost(error)
+    return False

@@ -293,7 +293,7 @@ class HostPool:
                     artifacts = leased[0].actor.artifacts
                     yield candidate, report, ray.get(artifacts.remote(candidate, learned)) if keep_artifacts else {}
                 except RayError as error:
-                    ended = is_lost(error)
+                    ended = is_lost(error, *(host.actor for host in leased))
                     losses[candidate.identity] += ended
                     if ended and losses[candidate.identity] < MOST_LOSSES:
                         waiting.append(candidate)

@@ -81,7 +81,7 @@ class MergeTrainable(tune.Trainable):
             self.host_ended = True
             return self._finish("failed", {"error": f"it took longer than the {self.seconds:g} s of trial_seconds"})
         except RayError as error:
-            if is_lost(error):
+            if is_lost(error, self.host):
                 return self._lose(cause(error))
             self.host_ended = isinstance(error, RayActorError)
             return self._finish("failed", {"error": cause(error)})
