@@ -191,7 +191,7 @@ def run(
 def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], generator: random.Random) -> Round:
     """Kill and start again until a command ends well.
 
-    lasts: the seconds of an undisturbed sweep, within which kills fall.
+    lasts: the seconds of an undisturbed sweep; a kill comes within half of it.
     """
     found = Round()
     acknowledged: dict[tuple[str, str], Row] = {}
@@ -201,7 +201,7 @@ def one_round(sweep: Sweep, lasts: float, expected: list[tuple[Any, ...]], gener
         process = sweep.start()
         found.commands += 1
         ends, family = False, _family(process.pid)
-        while not ends and len(found.kills) < planned and _runs_for(process, generator.uniform(0, lasts)):
+        while not ends and len(found.kills) < planned and _runs_for(process, generator.uniform(0, lasts / 2)):
             acknowledged |= sweep.rows()
             family = _family(process.pid)
             killed = kill(family, _targets(generator), generator)
