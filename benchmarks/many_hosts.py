@@ -16,7 +16,7 @@ import asyncio
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -60,13 +60,15 @@ class SleepingHosts:
 
     def __init__(self, seconds: float) -> None:
         self.each = seconds
+        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.calls: list[tuple[int, float, float]] = []
 
     async def score(self, candidate: Candidate, shard: int, *rest: Any) -> dict[str, Any]:
-        """A report as a host makes it."""
-        started = time.monotonic()
-        await asyncio.sleep(self.each / SHARDS)
-        self.calls.append((shard, started, time.monotonic()))
+        """A report as a host makes it; a candidate's shards are on one host and take turns."""
+        async with self.turns[candidate.identity]:
+            started = time.monotonic()
+            await asyncio.sleep(self.each / SHARDS)
+            self.calls.append((shard, started, time.monotonic()))
         return _report(-abs(candidate.parameters["scaling_coefficient"] - 0.3))
 
     async def answered(self) -> list[tuple[int, float, float]]:

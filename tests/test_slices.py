@@ -12,6 +12,7 @@ import torch
 from samples import make_unlabeled
 from slices import ThreadGroup, cut
 from test_goldens import load
+from test_methods import PREDICTORS
 from torch import Tensor
 
 from merge_ray import kernels
@@ -31,7 +32,7 @@ from merge_ray.methods.base import (
 from merge_ray.methods.merge_cache import MergeCache
 
 State = dict[str, Tensor]
-BY_COLUMNS = sorted(name for name, method in available_methods().items() if method.by_columns)
+BY_COLUMNS = sorted({name for name, method in available_methods().items() if method.by_columns} - PREDICTORS)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in BY_COLUMNS),
     ("ties", {"trim": "tensor", "density": 0.3}),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from test_sharded_sweep import Lines, needs
 from torch import Tensor
 
 from merge_ray.bank import Layout
@@ -19,9 +20,9 @@ from merge_ray.families import Family, find_family
 from merge_ray.families.taskonomy import TaskonomyFamily
 from merge_ray.families.taskonomy_network import TaskonomyNetwork
 from merge_ray.leaderboard import rank, read_rows
-from merge_ray.models import open_task_data
+from merge_ray.models import load_bank, open_task_data
 from merge_ray.progress import Progress
-from merge_ray.spec import SweepSpec
+from merge_ray.spec import HostsSpec, SweepSpec
 from merge_ray.spec_files import check_spec, load_sweeps, read_yaml
 from merge_ray.sweep import run_sweep
 from merge_ray.tasks import cache_directory, open_task
@@ -69,6 +70,21 @@ def test_every_pair_is_merged_in_every_way(results: Path) -> None:
     assert counts == {"average_label": 1, "pretrained": 1, "finetuned": 1, "weight_average": 3, "mudsc": 6}
     pairs = {tuple(pair) for pair in rows.loc[rows["study"] == "mudsc", "pair"]}
     assert pairs == {(TASKS[0], TASKS[1]), (TASKS[0], TASKS[2]), (TASKS[1], TASKS[2])}
+
+
+def test_encoders_are_shared_by_a_group_of_hosts(results: Path, ray_cluster: dict[str, Any]) -> None:
+    [spec] = load_sweeps(results / "sweep.yaml")
+    bank, _ = load_bank(spec.models, spec.task_names, Progress())
+    limit = needs(spec, bank.layout).device(1) - 1
+    studies = {"weight_average": spec.studies["weight_average"]}
+    shared = {"hosts": HostsSpec(threads=1, device_memory=limit), "studies": studies, "name": "shared"}
+    lines = Lines()
+    directory = run_sweep(spec.model_copy(update=shared), lines)
+    assert "1 group of 2 hosts that share the models" in "".join(lines.lines)
+    scores: list[dict[Any, Any]] = [
+        rank(read_rows(place)).set_index("study")["score"].to_dict() for place in (results, directory)
+    ]
+    assert scores[1] == {study: score for study, score in scores[0].items() if study != "mudsc"}
 
 
 def test_scores_are_scaled_between_the_label_average_and_the_own_model(results: Path) -> None:

@@ -28,11 +28,12 @@ from merge_ray.study import Study
 pytestmark = pytest.mark.ray
 
 SHARDS = 2
+FAILS = 0.95
 
 
 @ray.remote(num_cpus=0)
 class Host:
-    """Scores a candidate by its coefficient, and counts what it was asked for."""
+    """Scores a candidate by its coefficient, but for ``FAILS``, and counts what it was asked for."""
 
     def __init__(self) -> None:
         self.asked: Counter[tuple[str, int]] = Counter()
@@ -40,6 +41,8 @@ class Host:
     def score(self, candidate: Candidate, shard: int, *rest: Any) -> dict[str, Any]:
         self.asked[candidate.identity, shard] += 1
         objective = candidate.parameters["scaling_coefficient"]
+        if objective == FAILS:
+            raise ValueError("not this one")
         return {"objective": objective, "samples": 8}
 
     def counted(self) -> Counter[tuple[str, int]]:
@@ -47,22 +50,30 @@ class Host:
 
 
 class Search:
-    """A grid search over ``points`` coefficients on two hosts."""
+    """A grid search over ``points`` coefficients, or those given, on two hosts."""
 
-    def __init__(self, directory: Path, points: int, known: Mapping[str, Mapping[Any, Any]] | None = None) -> None:
-        self.directory, self.hosts = directory, list[Any]()
+    def __init__(
+        self,
+        directory: Path,
+        points: int | list[float],
+        known: Mapping[str, Mapping[Any, Any]] | None = None,
+        shards: int = SHARDS,
+        **settings: Any,
+    ) -> None:
+        self.directory, self.hosts, self.shards = directory, list[Any](), shards
         self.asked = Counter[tuple[str, int]]()
-        grid = [round(0.1 + 0.8 * index / points, 3) for index in range(points)]
-        settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}}
+        grid = [round(0.1 + 0.8 * index / points, 3) for index in range(points)] if isinstance(points, int) else points
+        settings = {"searcher": "grid", "space": {"scaling_coefficient": grid}, **settings}
         spec = StudySpec.model_validate({"name": "ta", "method": "task_arithmetic", **settings})
         prints = Fingerprints("bank", {"val": "val"}, "protocol")
         template = Candidate.of("sweep", "ta", make_method("task_arithmetic", {}), 0, "val", prints)
-        self.study = Study(spec, template, ["ants"], SHARDS, known or {}, 4)
+        self.study = Study(spec, template, ["ants"], shards, known or {}, 4)
         self.ledger = start_results_actor(directory, f"{directory.name}/results")
         self.ending = threading.Event()
 
     def run(self, progress: Callable[[], None] = lambda: None) -> None:
-        pool, evaluation = HostPool(self.directory.name, HostsSpec(count=2), self._start), EvaluationSpec(shards=SHARDS)
+        pool = HostPool(self.directory.name, HostsSpec(count=2), self._start)
+        evaluation = EvaluationSpec(shards=self.shards)
         pool.wait_until_ready()
         try:
             tuning.run_studies([self.study], pool, self.ledger, {}, evaluation, self.directory, progress, self.ending)
@@ -126,6 +137,27 @@ def test_no_more_processes_are_started_than_there_are_hosts(
     Search(tmp_path, points=20).run()
     assert len(read_rows(tmp_path)) == 20
     assert len(list(tmp_path.glob("process-*"))) <= 2
+
+
+def test_a_host_is_asked_for_no_shard_that_a_scheduler_may_spare(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    worse_and_worse = [round(0.9 - 0.05 * index, 2) for index in range(12)]
+    search = Search(tmp_path, worse_and_worse, shards=4, scheduler="asha", reduction_factor=2)
+    search.run()
+    rows = rows_by_identity(tmp_path)
+    assert {row["status"] for row in rows.values()} == {"complete", "pruned"}
+    shards = Counter(identity for identity, _ in search.asked)
+    assert shards == {identity: len(row["curve"]) for identity, row in rows.items()}
+
+
+def test_a_failure_costs_its_host_at_most_one_shard_more(tmp_path: Path, ray_cluster: dict[str, Any]) -> None:
+    search = Search(tmp_path, [FAILS, 0.5], shards=8)
+    search.run()
+    rows = rows_by_identity(tmp_path)
+    [failed] = [identity for identity, row in rows.items() if row["status"] == "failed"]
+    assert "not this one" in rows[failed]["error"]
+    shards = Counter(identity for identity, _ in search.asked)
+    assert shards.pop(failed) <= 2
+    assert set(shards.values()) == {8}
 
 
 def test_trial_processes_that_cannot_live_end_the_search_with_the_reason(

@@ -1,4 +1,8 @@
-"""ResultsActor: the one writer of a sweep's ledger."""
+"""ResultsActor: the one writer of a sweep's ledger.
+
+As a host's class (see :mod:`merge_ray.cluster.host`), this one comes to every trial's process with the actor's handle;
+what only the actor needs, boto3 with it, is imported in the actor.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -19,8 +23,9 @@ from merge_ray.candidate import Candidate, fingerprint_of
 from merge_ray.cluster.errors import cause
 from merge_ray.cluster.learned import Learned
 from merge_ray.errors import LedgerError
-from merge_ray.leaderboard import RowWriter
-from merge_ray.results import FOLDERS, Results, open_results
+
+if TYPE_CHECKING:
+    from merge_ray.results import Results
 
 ROWS_AT_ONCE = 64
 """Calls that may wait together for one write."""
@@ -38,6 +43,9 @@ class ResultsActor:
     """
 
     def __init__(self, results: Results, environment: Mapping[str, str]) -> None:
+        from merge_ray.leaderboard import RowWriter
+        from merge_ray.results import FOLDERS
+
         os.environ.update(environment)
         self.results = results
         for folder in FOLDERS:
@@ -102,6 +110,8 @@ def start_results_actor(
 
     environment: variables for its process, such as those of :class:`merge_ray.s3.S3Settings`.
     """
+    from merge_ray.results import open_results
+
     opened = open_results(results)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ResultsActor.options(name=name, scheduling_strategy=here)  # type: ignore[attr-defined]

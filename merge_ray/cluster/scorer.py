@@ -32,6 +32,7 @@ from merge_ray.methods.base import (
     Merged,
     MergeInputs,
     Method,
+    Predictor,
     SharedWeights,
     with_own_tensors,
 )
@@ -157,7 +158,7 @@ class Scorer:
         started = time.perf_counter()
         with self.group.merging() if self.group else nullcontext():
             merged = with_own_tensors(make(), self.inputs.bank, self.family.own_tensors)
-        if self.group:
+        if self.group and not isinstance(merged, Predictor):
             merged = GatheredWeights(merged, self.bank, self.group)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -61,6 +61,7 @@ class MergeTrainable(tune.Trainable):
         self.learned: Learned | None = load_learned(self.ledger, self.candidate) if self.steps else None
         self.learning_reports = self.parts if self.steps else 0
         self.curve: list[float] = list(self.learned.curve) if self.learned else []
+        self.shard_calls: list[ray.ObjectRef] = []
         self.deadline = time.monotonic() + self.seconds if self.seconds else None
         # What was learned before this process began is part of the trial.
         self.started = time.perf_counter() - (self.learned.seconds if self.learned else 0.0)
@@ -102,7 +103,8 @@ class MergeTrainable(tune.Trainable):
         try:
             return ray.get(call, timeout=left)
         except GetTimeoutError:
-            ray.cancel(call)  # or Ray would make the same call again
+            for made in (call, *self.shard_calls):
+                ray.cancel(made)  # or Ray would make the same call again
             ray.kill(self.host, no_restart=False)
             raise
 
@@ -123,8 +125,13 @@ class MergeTrainable(tune.Trainable):
         return {"losses": self.learned.losses, "steps": self.learned.steps} if self.learned else {}
 
     def _score_shard(self) -> dict[str, Any]:
-        shard = len(self.curve) - self.learning_reports
-        report = self._get(self.host.score.remote(self.candidate, shard, self.references, self.learned))
+        done, reports = len(self.curve), self.learning_reports + self.shards
+        certain = min((cutoff for cutoff in self.cutoffs if cutoff > done), default=reports)
+        # One is asked for ahead, so that the host need not wait for what follows from a report.
+        for ahead in range(len(self.shard_calls), min(2, certain - done)):
+            shard = done + ahead - self.learning_reports
+            self.shard_calls.append(self.host.score.remote(self.candidate, shard, self.references, self.learned))
+        report = self._get(self.shard_calls.pop(0))
         self.curve.append(report["objective"])
         return {**report, **self._learning()}
 

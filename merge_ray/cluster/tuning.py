@@ -94,7 +94,8 @@ class SweepSearcher(Searcher):
         else:
             study.outcomes[candidate.identity] = outcome
         try:
-            self.pool.release(host, bool(result.get("host_ended")))
+            # A trial whose process ended may have left calls behind, which the host answers first.
+            self.pool.release(host, bool(result.get("host_ended", True)))
         except MergeRayError as left:
             self.stop(left)
 

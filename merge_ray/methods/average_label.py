@@ -12,7 +12,10 @@ from merge_ray.space import Choice
 
 
 @register(
-    "average_label", paper="the average label as the estimate, a reference (Xu et al., CVPR 2024)", needs=("labels",)
+    "average_label",
+    paper="the average label as the estimate, a reference (Xu et al., CVPR 2024)",
+    needs=("labels",),
+    by_columns=True,
 )
 @dataclass(frozen=True)
 class AverageLabel(Method):
