@@ -84,7 +84,8 @@ class MergeTrainable(tune.Trainable):
         except RayError as error:
             if is_lost(error, self.host):
                 return self._lose(cause(error))
-            self.host_ended = isinstance(error, RayActorError)
+            # A host that was asked ahead answers that first: the next candidate's time must not pass meanwhile.
+            self.host_ended = isinstance(error, RayActorError) or bool(self.shard_calls)
             return self._finish("failed", {"error": cause(error)})
         except LedgerError as error:
             return _unrecorded(error)
